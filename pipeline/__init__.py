@@ -1,0 +1,1 @@
+"""The two towers: network, crossings, loss, optimiser, step. Needs torch alone."""

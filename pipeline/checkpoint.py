@@ -1,0 +1,114 @@
+"""The training state in `torch.distributed.checkpoint`, under whole-network names.
+
+A parameter is saved as the whole of which each tower holds a share along dimension 0, so that any
+mesh loads what any other saved. `.metadata` is written last: a folder without it is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from pipeline.network import Network
+from pipeline.optimizer import SGD
+from pipeline.tower import Tower
+
+COMPLETE = ".metadata"
+
+
+def save(
+    path: str, tower: Tower, optimizer: SGD, progress: dict[str, Any], mesh: DeviceMesh | None
+) -> None:
+    """Writes the state to a folder (path or fsspec URL); every rank of the mesh takes part.
+
+    `progress`: what JSON can hold, such as the position in the data.
+    """
+    state = {**_tensors(tower, optimizer, mesh), "progress": json.dumps(progress)}
+    writer = FsspecWriter(path) if "://" in path else dcp.FileSystemWriter(path)
+    dcp.save(state, storage_writer=writer, no_dist=mesh is None)
+
+
+def load(path: str, tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> dict[str, Any]:
+    """Loads a state into this rank's share and returns its progress.
+
+    Raises ValueError, naming a parameter, if it is of another network.
+    """
+    _check(path, tower.network)
+    state = {**_tensors(tower, optimizer, mesh), "progress": ""}
+    dcp.load(state, storage_reader=_reader(path), no_dist=mesh is None)
+    progress: dict[str, Any] = json.loads(state["progress"])
+    return progress
+
+
+def load_weights(path: str) -> dict[str, Tensor]:
+    """The whole network's weights by name, on the CPU, without a process group."""
+    weights = {
+        name.removeprefix("weights."): torch.empty(item.size, dtype=item.properties.dtype)
+        for name, item in _metadata(path).items()
+        if name.startswith("weights.")
+    }
+    dcp.load({"weights": weights}, storage_reader=_reader(path), no_dist=True)
+    return weights
+
+
+def weights_sha256(path: str) -> str:
+    """SHA-256 over the whole network's weights in the order of their names."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(load_weights(path).items()):
+        digest.update(name.encode())
+        digest.update(weight.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _tensors(tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> dict[str, Any]:
+    weights, momenta = tower.weights(), optimizer.momenta()
+    sizes = {layer.name: layer.maps for layer in tower.network.layers}
+
+    def whole(name: str, local: Tensor) -> Tensor:
+        local = local.detach()
+        if mesh is None:
+            return local
+        shape = torch.Size((sizes[name.split(".")[0]], *local.shape[1:]))
+        # Replicas hold copies, the towers of a pair halves; a stage of one rank changes nothing.
+        return DTensor.from_local(
+            local,
+            mesh,
+            [Replicate(), Replicate(), Shard(0)],
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
+        )
+
+    return {
+        "weights": {name: whole(name, p) for name, p in weights.items()},
+        "momentum": {name: whole(name, momenta[p]) for name, p in weights.items()},
+    }
+
+
+def _reader(path: str) -> Any:
+    return FsspecReader(path) if "://" in path else dcp.FileSystemReader(path)
+
+
+def _metadata(path: str) -> dict[str, TensorStorageMetadata]:
+    items = _reader(path).read_metadata().state_dict_metadata
+    return {name: m for name, m in items.items() if isinstance(m, TensorStorageMetadata)}
+
+
+def _check(path: str, network: Network) -> None:
+    saved = {n.split(".", 1)[1]: tuple(m.size) for n, m in _metadata(path).items()}
+    for index, layer in enumerate(network.layers):
+        want, have = network.weight_shape(index), saved.get(f"{layer.name}.weight")
+        if want != have:
+            raise ValueError(
+                f"{path} is of another network: {layer.name}.weight is {have}, "
+                f"{network.name} wants {want}"
+            )

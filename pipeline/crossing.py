@@ -1,0 +1,158 @@
+"""All communication between the two towers of a pair: each pattern forward and backward together.
+
+A crossing layer reads the maps of both towers. Forward is an all-gather of what each tower has;
+backward its transpose, a reduce-scatter: each tower works out its part of the gradient of the
+other's maps, and the owner adds it. With two ranks both are one swap of equal pieces, started
+before the work that does not need it and awaited after.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Pair:
+    """The two towers of one replica and stage: this one, `tower` (0 or 1), and the other.
+
+    `bytes_sent` and `waited` (seconds that this rank stood still for the other) add up over its
+    life; on a GPU `waited` is the host's time only.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        if group.size() != 2:
+            raise ValueError(f"a pair is 2 towers, this group has {group.size()} ranks")
+        self.group = group
+        self.tower = group.rank()
+        self.bytes_sent = 0
+        self.waited = 0.0
+
+    def swap(self, x: Tensor) -> Swap:
+        """Starts sending x to the other tower and receiving its tensor of the same shape."""
+        return Swap(self, x)
+
+    def max_(self, x: Tensor) -> Tensor:
+        """All-reduce in place: the larger of both towers' values."""
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """All-reduce in place: the sum of both towers' values."""
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def _reduce(self, x: Tensor, op: Any) -> Tensor:
+        start = time.perf_counter()
+        dist.all_reduce(x, op, group=self.group)
+        self.waited += time.perf_counter() - start
+        self.bytes_sent += x.nbytes
+        return x
+
+
+class Swap:
+    """An exchange under way; `wait` ends it and returns the other tower's tensor."""
+
+    def __init__(self, pair: Pair, x: Tensor) -> None:
+        self._pair, self._sent = pair, _dense(x)
+        self._received = torch.empty_like(self._sent)
+        self._channels_last = self._sent is not x
+        other = 1 - pair.tower
+        ops = [
+            dist.P2POp(dist.isend, self._sent, group=pair.group, group_peer=other),
+            dist.P2POp(dist.irecv, self._received, group=pair.group, group_peer=other),
+        ]
+        self._works = dist.batch_isend_irecv(ops)
+        pair.bytes_sent += x.nbytes
+
+    def wait(self) -> Tensor:
+        start = time.perf_counter()
+        for work in self._works:
+            work.wait()
+        self._pair.waited += time.perf_counter() - start
+        return self._received.permute(0, 3, 1, 2) if self._channels_last else self._received
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The same elements as a contiguous tensor, without a copy for channels-last ones."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1)
+    return x.contiguous()
+
+
+def cross_linear(x: Tensor, weight: Tensor, bias: Tensor, pair: Pair) -> Tensor:
+    """[n, own units] x [out, all units] -> [n, out]; the other half of the input is the other's."""
+    return _CrossLinear.apply(x, weight, bias, pair)
+
+
+def cross_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, pair: Pair
+) -> Tensor:
+    """[n, own maps, h, w] x [out, all maps, k, k] -> [n, out, h', w']."""
+    return _CrossConv2d.apply(x, weight, bias, stride, padding, pair)
+
+
+def _halves(weight: Tensor, tower: int) -> tuple[Tensor, Tensor]:
+    """The weights for this tower's input and for the other's."""
+    parts = weight.chunk(2, dim=1)
+    return parts[tower], parts[1 - tower]
+
+
+def _joined(own: Tensor, other: Tensor, tower: int) -> Tensor:
+    """Two halves along dimension 1, tower 0's first."""
+    return torch.cat((other, own) if tower else (own, other), dim=1)
+
+
+class _CrossLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, pair: Pair) -> Tensor:
+        swap = pair.swap(x)
+        own, other = _halves(weight, pair.tower)
+        y = F.linear(x, own, bias)
+        x_other = swap.wait()
+        ctx.save_for_backward(x, x_other, weight)
+        ctx.pair = pair
+        return y.addmm_(x_other, other.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, x_other, weight = ctx.saved_tensors
+        own, other = _halves(weight, ctx.pair.tower)
+        swap = ctx.pair.swap(grad @ other)
+        grad_t = grad.t()
+        grad_weight = _joined(grad_t @ x, grad_t @ x_other, ctx.pair.tower)
+        grad_x = grad @ own
+        return grad_x.add_(swap.wait()), grad_weight, grad.sum(0), None
+
+
+class _CrossConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int, pair: Pair
+    ) -> Tensor:
+        swap = pair.swap(x)
+        own, other = _halves(weight, pair.tower)
+        y = F.conv2d(x, own, bias, stride, padding)
+        x_other = swap.wait()
+        ctx.save_for_backward(x, x_other, weight)
+        ctx.pair, ctx.stride, ctx.padding = pair, stride, padding
+        return y.add_(F.conv2d(x_other, other, None, stride, padding))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, x_other, weight = ctx.saved_tensors
+        own, other = _halves(weight, ctx.pair.tower)
+
+        def gradients(x: Tensor, w: Tensor, *mask: bool) -> tuple[Tensor, Tensor, Tensor]:
+            stride, padding = [ctx.stride] * 2, [ctx.padding] * 2
+            return torch.ops.aten.convolution_backward(
+                grad, x, w, [w.shape[0]], stride, padding, [1, 1], False, [0, 0], 1, mask
+            )
+
+        swap = ctx.pair.swap(gradients(x_other, other, True, False, False)[0])
+        grad_x, grad_own, grad_bias = gradients(x, own, True, True, True)
+        grad_other = gradients(x_other, other, False, True, False)[1]
+        grad_weight = _joined(grad_own, grad_other, ctx.pair.tower)
+        return grad_x.add_(swap.wait()), grad_weight, grad_bias, None, None, None

@@ -1,0 +1,60 @@
+"""The layer table with what each layer costs: counted from the network, not by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.network import Network, Shape
+from pipeline.tower import Tower
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One layer of the whole network; `sent` is what one tower sends in one direction.
+
+    `parameters` and `macs` (multiply-adds of one image forward) are of all columns; `sent`,
+    `activations` and `weights` are bytes, for a batch, of one tower, in float32.
+    """
+
+    name: str
+    output: Shape
+    parameters: int
+    macs: int
+    sent: int
+    activations: int
+    weights: int
+
+
+def describe(network: Network, *, towers: int = 2, batch: int = 128) -> list[Cost]:
+    """The cost of each layer on each of `towers` devices.
+
+    Raises ValueError if the network does not divide over so many towers.
+    """
+    # Normalisation is a matrix product here; only the layers' own multiply-adds are counted.
+    plain = replace(network, layers=tuple(replace(layer, norms=()) for layer in network.layers))
+    if network.columns % towers:
+        raise ValueError(f"{towers} towers of a network with {network.columns} column")
+    tower = Tower(plain, seed=0)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tower(torch.zeros(1, 3, network.crop, network.crop), None)
+    counts = counter.get_flop_counts()
+    sizes = {name: p.numel() for name, p in tower.weights().items()}
+    costs = []
+    for index, (layer, shape) in enumerate(zip(network.layers, network.shapes, strict=True)):
+        parameters = sizes[f"{layer.name}.weight"] + sizes[f"{layer.name}.bias"]
+        crosses = layer.crosses and towers == 2
+        costs.append(
+            Cost(
+                layer.name,
+                shape,
+                parameters,
+                sum(counts[f"Tower.blocks.{layer.name}"].values()) // 2,
+                network.inputs(index).units // 2 * 4 * batch if crosses else 0,
+                shape.units // towers * 4 * batch,
+                parameters // towers * 4,
+            )
+        )
+    return costs

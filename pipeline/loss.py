@@ -1,0 +1,78 @@
+"""Cross-entropy over classes that are split between the towers, and where the truth ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.crossing import Pair
+
+
+class LabelsDiffer(RuntimeError):
+    """The towers of a pair were given different labels for the same batch."""
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, first: int, pair: Pair | None
+) -> tuple[Tensor, Tensor]:
+    """The summed loss and the rank of the true class of each image.
+
+    `logits` [n, own classes], those of classes first, first + 1, ...; `labels` int64 [n] over all
+    classes. Returns a scalar, the sum over the n images of -log softmax (so that it adds up over
+    micro-batches and replicas), and int64 [n], how many classes come before the true one: 0 means
+    right, under 5 right among five. Among equal logits the lower class comes first. Only row
+    maxima, sums and the target's logit cross. Raises LabelsDiffer if the labels of the two towers
+    differ (by a checksum that rides with the maxima).
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return _CrossEntropy.apply(wide, labels, first, pair)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, first: int, pair: Pair | None
+    ) -> tuple[Tensor, Tensor]:
+        own = labels - first
+        mine = (own >= 0) & (own < logits.shape[1])
+        own = own.clamp(0, logits.shape[1] - 1)
+
+        peak = logits.amax(1)
+        if pair:
+            check = _checksum(labels).to(peak)
+            both = pair.max_(torch.cat((peak, check, -check)))
+            peak = both[:-2]
+            if both[-2] != -both[-1]:
+                raise LabelsDiffer("the two towers were given different labels for one batch")
+        exponents = (logits - peak[:, None]).exp_()
+        target = torch.where(mine, logits.gather(1, own[:, None])[:, 0], logits.new_zeros(()))
+        sums = torch.stack((exponents.sum(1), target))
+        if pair:
+            pair.sum_(sums)
+        total, target = sums
+        loss = (total.log() + peak - target).sum()
+
+        classes = torch.arange(first, first + logits.shape[1], device=logits.device)
+        tied = (logits == target[:, None]) & (classes < labels[:, None])
+        ranks = ((logits > target[:, None]) | tied).sum(1)
+        if pair:
+            pair.sum_(ranks)
+
+        softmax = exponents.div_(total[:, None])
+        softmax[torch.arange(len(own), device=own.device), own] -= mine.to(softmax)
+        ctx.save_for_backward(softmax)
+        ctx.mark_non_differentiable(ranks)
+        return loss, ranks
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (difference,) = ctx.saved_tensors
+        return difference * grad, None, None, None
+
+
+def _checksum(labels: Tensor) -> Tensor:
+    """[1], under 2^24, so that float32 holds it exactly; it depends on the order."""
+    place = torch.arange(1, len(labels) + 1, device=labels.device)
+    return ((labels + 1) * place * 40503).sum(0, keepdim=True) % (1 << 24)

@@ -1,0 +1,66 @@
+"""The mesh (replica, stage, tower): who is who among the ranks, and their process groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+AXES = ("replica", "stage", "tower")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Replicas x stages x towers ranks, towers next to one another.
+
+    Raises ValueError, with the numbers, if an axis is not a size that it can have.
+    """
+
+    replicas: int = 1
+    stages: int = 1
+    towers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ValueError(f"replicas is {self.replicas}: at least 1")
+        if self.stages != 1:
+            raise ValueError(f"stages is {self.stages}: only 1 is built yet")
+        if self.towers not in (1, 2):
+            raise ValueError(f"towers is {self.towers}: 1 or 2")
+
+    @property
+    def size(self) -> int:
+        return self.replicas * self.stages * self.towers
+
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """(replica, stage, tower) of a rank."""
+        rest, tower = divmod(rank, self.towers)
+        replica, stage = divmod(rest, self.stages)
+        return replica, stage, tower
+
+    def check_batch(self, batch: int, microbatches: int) -> None:
+        """Raises ValueError if a batch does not divide over replicas and micro-batches."""
+        parts = self.replicas * microbatches
+        if microbatches < 1 or batch < 1 or batch % parts:
+            raise ValueError(
+                f"a batch of {batch} does not divide over {self.replicas} replicas x "
+                f"{microbatches} micro-batches: take a multiple of {max(parts, 1)}"
+            )
+
+    def rows(self, images: int, replica: int) -> tuple[int, int]:
+        """Start and end of a replica's images in a global batch, full or the last partial one."""
+        return images * replica // self.replicas, images * (replica + 1) // self.replicas
+
+    def groups(self, device: str) -> DeviceMesh | None:
+        """The process groups, once `torch.distributed` is up; None for a single rank."""
+        if self.size == 1:
+            return None
+        if dist.get_world_size() != self.size:
+            raise ValueError(f"{dist.get_world_size()} ranks for a mesh of {self.size}")
+        return init_device_mesh(
+            device, (self.replicas, self.stages, self.towers), mesh_dim_names=AXES
+        )
+
+    def __str__(self) -> str:
+        return f"{self.replicas}x{self.stages}x{self.towers}"

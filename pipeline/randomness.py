@@ -1,0 +1,46 @@
+"""Counter-based draws: what is drawn depends on its key and place, never on who draws or when."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+
+def key(*parts: int | str) -> int:
+    """A 63-bit key for these parts, e.g. (seed, "dropout", step, "fc6")."""
+    digest = blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def normal(
+    shape: tuple[int, ...], std: float, *parts: int | str, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """N(0, std) of this shape on the CPU, drawn in float32 whatever `dtype` it ends in."""
+    generator = torch.Generator().manual_seed(key(*parts))
+    return torch.empty(shape).normal_(0, std, generator=generator).to(dtype)
+
+
+def keep_mask(rows: Tensor, start: int, units: int, width: int, drop: float, draw: int) -> Tensor:
+    """Which of `units` outputs from `start` on, of `width` in the whole layer, are kept.
+
+    `rows` int64 [n]: places in the global batch. `draw`: a `key`. Returns bool [n, units] on the
+    device of `rows`, true with probability 1 - drop. One process that asks for the whole layer and
+    two that ask for a half each get the same bits.
+    """
+    unit = torch.arange(start, start + units, device=rows.device)
+    counter = (rows[:, None] * width + unit).to(torch.int32)
+    low, high = draw & 0x7FFFFFFF, (draw >> 31) & 0x7FFFFFFF
+    bits = _mix(_mix(counter ^ low) + high)
+    # 24 bits of the hash are plenty for a rate, and compare exactly.
+    return ((bits >> 8) & 0xFFFFFF) >= round(drop * 2**24)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser `lowbias32` of Chris Wellons' hash prospector, in wrapping int32."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * (0x846CA68B - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)

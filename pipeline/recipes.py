@@ -1,0 +1,154 @@
+"""Recipes: complete settings of what is computed, each a function with its expected outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pipeline import network
+from pipeline.network import Network
+from pipeline.optimizer import Schedule
+
+
+def setting(default: Any, text: str, allowed: tuple[Any, ...] | None = None) -> Any:
+    """A dataclass field with its sentence, and the values it may have."""
+    return field(default=default, metadata={"help": text, "allowed": allowed})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the mathematics of a run but its data, its seed and its mesh.
+
+    Raises ValueError, naming field, value and what is allowed, for a value that cannot be.
+    """
+
+    network: str = setting("alexnet", "Table of layers.", tuple(network.NETWORKS))
+    activation: str = setting("relu", "After each layer but the last.", ("relu", "tanh"))
+    lrn: bool = setting(True, "Local response normalisation where the table has it.")
+    pooling: str = setting("3/2", "Window and stride of max-pooling.", ("3/2", "2/2"))
+    dropout: float | None = setting(None, "Rate where the table drops; as in the table if unset.")
+    columns: int = setting(2, "Columns of the network; 1 is the half-size column.", (1, 2))
+
+    image: int = setting(256, "Side in pixels that images are brought to before cropping.")
+    pad: int = setting(0, "Pixels of reflected border before a random crop.")
+    crops: bool = setting(True, "Random crops in training; else the centre.")
+    mirror: bool = setting(True, "Mirror half of the training crops.")
+    colour: float = setting(0.1, "Standard deviation of the PCA colour draws; 0 turns them off.")
+    colour_scale: str = setting(
+        "eigenvalues", "What those draws are scaled by.", ("eigenvalues", "deviations")
+    )
+
+    batch: int = setting(128, "Images of a global batch.")
+    epochs: int = setting(90, "Times that the training images are gone through.")
+    rate: float = setting(0.01, "Learning rate at the start.")
+    schedule: str = setting("plateau", "When the rate is divided by 10.", ("plateau", "steps"))
+    drops: tuple[float, ...] = setting((), "Epochs at which schedule 'steps' divides the rate.")
+    patience: int = setting(3, "Evaluations without a better error before 'plateau' divides.")
+    warmup: int = setting(0, "Steps over which the rate rises at the start.")
+    momentum: float = setting(0.9, "Of the velocity.")
+    decay: float = setting(5e-4, "Weight decay.")
+    bias_rate: float = setting(1.0, "Rate of biases over that of weights.")
+    decay_bias: bool = setting(True, "Whether biases decay too.")
+    precision: str = setting(
+        "float32", "Of convolutions and products; weights are float32.", ("float32", "bfloat16")
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, allowed = getattr(self, f.name), f.metadata.get("allowed")
+            if allowed and value not in allowed:
+                names = ", ".join(str(a) for a in allowed)
+                raise ValueError(f"{f.name} is {value!r}: one of {names}")
+        self._at_least("batch", 1)
+        self._at_least("epochs", 1)
+        self._at_least("patience", 1)
+        for name in ("pad", "colour", "warmup", "decay", "bias_rate"):
+            self._at_least(name, 0)
+        if not self.rate > 0:
+            raise ValueError(f"rate is {self.rate}: more than 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}: at least 0 and less than 1")
+        if self.drops and self.schedule != "steps":
+            raise ValueError(f"drops is {list(self.drops)}: only schedule 'steps' has drops")
+        if self.pad and not self.crops:
+            raise ValueError(f"pad is {self.pad}: it has no effect without crops")
+        crop = self.build(1000).crop
+        if self.image + 2 * self.pad < crop or self.image < crop and not self.crops:
+            raise ValueError(f"image is {self.image}: at least the crop of {crop} pixels")
+
+    def _at_least(self, name: str, least: int) -> None:
+        if not getattr(self, name) >= least:
+            raise ValueError(f"{name} is {getattr(self, name)}: at least {least}")
+
+    def build(self, classes: int) -> Network:
+        """The network of this recipe for so many classes."""
+        return network.build(
+            self.network,
+            classes,
+            activation=self.activation,
+            lrn=self.lrn,
+            pooling=self.pooling,
+            dropout=self.dropout,
+            columns=self.columns,
+        )
+
+    def rates(self) -> Schedule:
+        """The schedule of the learning rate."""
+        return Schedule(self.rate, self.schedule, self.drops, self.patience, self.warmup)  # type: ignore[arg-type]
+
+
+def alexnet() -> dict[str, Any]:
+    """The paper's: `towers train SHARDS --network alexnet`. 90 epochs of ImageNet; the paper has
+    40.7% top-1 and 18.2% top-5 error (validation, centre and corner crops), in five to six days on
+    two GTX 580.
+    """
+    return {"network": "alexnet"}
+
+
+def alexnet_2012() -> dict[str, Any]:
+    """What the authors ran (source): biases learn twice as fast and don't decay, colour draws are
+    scaled by standard deviations.
+    """
+    return {
+        "network": "alexnet-2012",
+        "bias_rate": 2.0,
+        "decay_bias": False,
+        "colour_scale": "deviations",
+    }
+
+
+def alexnet_mini() -> dict[str, Any]:
+    """`towers train`: the drawn data set on two cores, under 10% top-1 error in two minutes."""
+    return {
+        "network": "alexnet-mini",
+        "image": 72,
+        "epochs": 12,
+        "rate": 0.02,
+        "schedule": "steps",
+        "drops": (9.0, 11.0),
+        "warmup": 40,
+    }
+
+
+def cifar() -> dict[str, Any]:
+    """`towers train CIFAR10 --network cifar`: CIFAR-10 on two cores, about 20% top-1 error."""
+    return {
+        "network": "cifar",
+        "image": 32,
+        "pad": 4,
+        "epochs": 12,
+        "rate": 0.01,
+        "schedule": "steps",
+        "drops": (9.0, 11.0),
+        "decay": 1e-3,
+        "warmup": 100,
+    }
+
+
+RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
+    "alexnet": alexnet,
+    "alexnet-2012": alexnet_2012,
+    "alexnet-mini": alexnet_mini,
+    "cifar": cifar,
+}

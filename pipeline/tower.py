@@ -1,0 +1,152 @@
+"""One tower's share of a network: the same code for one process that holds both towers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import randomness
+from pipeline.crossing import Pair, cross_conv2d, cross_linear
+from pipeline.network import Network
+from pipeline.normalization import normalize
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """What a training step's dropout masks depend on.
+
+    `rows` int64 [n]: each image's place in the global batch, on the tower's device.
+    """
+
+    seed: int
+    step: int
+    rows: Tensor
+
+
+def share(units: int, towers: int, tower: int) -> tuple[int, int]:
+    """Start and end of tower's units; of an odd number the first tower has one more."""
+    each = -(-units // towers)
+    return min(units, each * tower), min(units, each * (tower + 1))
+
+
+class Tower(nn.Module):
+    """Tower `tower` of `towers` (1 or 2) of a network; with 1, the whole of it.
+
+    Every parameter is this tower's share, along dimension 0, of the whole network's, drawn from
+    `seed` by its name alone, so that shares of one seed always fit together. `compute` is the
+    dtype of convolutions and products (parameters stay `dtype`). Raises ValueError if the network
+    has fewer columns than towers.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        seed: int,
+        towers: int = 1,
+        tower: int = 0,
+        dtype: torch.dtype = torch.float32,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if network.columns % towers:
+            raise ValueError(f"{towers} towers of a network with {network.columns} column")
+        self.network = network
+        self.compute = compute or dtype
+        self.blocks = nn.ModuleDict(
+            {
+                layer.name: Block(network, index, seed, towers, tower, dtype)
+                for index, layer in enumerate(network.layers)
+            }
+        )
+        self.first_class = share(network.classes, towers, tower)[0]
+
+    def forward(self, x: Tensor, pair: Pair | None, dropout: Dropout | None = None) -> Tensor:
+        """[n, 3, crop, crop] -> logits [n, own classes]; without `dropout`, nothing is dropped."""
+        x = x.to(self.compute)
+        for block in self.blocks.values():
+            x = block(x, pair, dropout)
+        return x
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Parameters by their names in the whole network: conv1.weight, conv1.bias, ..."""
+        return {name.removeprefix("blocks."): p for name, p in self.named_parameters()}
+
+
+class Block(nn.Module):
+    """One layer: product, then activation, normalisation and pooling in the table's order."""
+
+    def __init__(
+        self,
+        network: Network,
+        index: int,
+        seed: int,
+        towers: int,
+        tower: int,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        layer = self.layer = network.layers[index]
+        # Groups of the product in this process, and columns that lie side by side in it.
+        self.groups = 1 if network.reads_all(index) else network.columns // towers
+        self.columns = network.columns // towers
+        self.crosses = layer.crosses and towers > 1
+        self.start, end = share(layer.maps, towers, tower)
+        shape = network.weight_shape(index)
+        whole = randomness.normal(shape, layer.std, seed, "weight", layer.name, dtype=dtype)
+        weight = whole[self.start : end].clone()
+        if layer.kind == "conv":
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.full((end - self.start,), layer.bias, dtype=dtype))
+
+    def forward(self, x: Tensor, pair: Pair | None, dropout: Dropout | None) -> Tensor:
+        layer = self.layer
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        x = self._conv(x, weight, bias, pair) if layer.kind == "conv" else self._full(
+            x.flatten(1), weight, bias, pair
+        )
+        for step in layer.order:
+            if step == "activation" and layer.activation:
+                x = x.relu_() if layer.activation == "relu" else x.tanh_()
+            elif step == "norm":
+                for norm in layer.norms:
+                    x = normalize(x, norm, self.columns)
+            elif step == "pool" and layer.pool:
+                x = F.max_pool2d(x, layer.pool.size, layer.pool.stride)
+        if dropout and layer.dropout:
+            x = self._drop(x, dropout)
+        return x
+
+    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor, pair: Pair | None) -> Tensor:
+        layer = self.layer
+        before, after = layer.padding
+        if before != after:
+            x = F.pad(x, (before, after, before, after))
+            before = 0
+        if self.crosses:
+            assert pair
+            return cross_conv2d(x, weight, bias, layer.stride, before, pair)
+        return F.conv2d(x, weight, bias, layer.stride, before, groups=self.groups)
+
+    def _full(self, x: Tensor, weight: Tensor, bias: Tensor, pair: Pair | None) -> Tensor:
+        if self.crosses:
+            assert pair
+            return cross_linear(x, weight, bias, pair)
+        if self.groups == 1:
+            return F.linear(x, weight, bias)
+        parts = zip(x.chunk(self.groups, 1), weight.chunk(self.groups), strict=True)
+        return torch.cat([F.linear(part, w) for part, w in parts], dim=1) + bias
+
+    def _drop(self, x: Tensor, dropout: Dropout) -> Tensor:
+        # Kept outputs are doubled in training instead of halved in test: the same in expectation.
+        layer = self.layer
+        units = x.shape[1]
+        draw = randomness.key(dropout.seed, "dropout", dropout.step, layer.name)
+        keep = randomness.keep_mask(
+            dropout.rows, self.start, units, layer.maps, layer.dropout, draw
+        )
+        return x * (keep.to(x.dtype) / (1 - layer.dropout))

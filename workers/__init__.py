@@ -1,0 +1,1 @@
+"""Everything Ray: tower actors, the augmentation fleet, the feed, and the command line `towers`."""
