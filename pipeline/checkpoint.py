@@ -22,8 +22,6 @@ from pipeline.network import Network
 from pipeline.optimizer import SGD
 from pipeline.tower import Tower
 
-COMPLETE = ".metadata"
-
 
 def save(
     path: str, tower: Tower, optimizer: SGD, progress: dict[str, Any], mesh: DeviceMesh | None
@@ -45,6 +43,14 @@ def load(path: str, tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> di
     _check(path, tower.network)
     state = {**_tensors(tower, optimizer, mesh), "progress": ""}
     dcp.load(state, storage_reader=_reader(path), no_dist=mesh is None)
+    progress: dict[str, Any] = json.loads(state["progress"])
+    return progress
+
+
+def read_progress(path: str) -> dict[str, Any]:
+    """The progress that a checkpoint holds, without its tensors."""
+    state = {"progress": ""}
+    dcp.load(state, storage_reader=_reader(path), no_dist=True)
     progress: dict[str, Any] = json.loads(state["progress"])
     return progress
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+if TYPE_CHECKING:  # the command line reads this module too, and torch takes seconds
+    from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("replica", "stage", "tower")
 
@@ -48,14 +49,13 @@ class Mesh:
                 f"{microbatches} micro-batches: take a multiple of {max(parts, 1)}"
             )
 
-    def rows(self, images: int, replica: int) -> tuple[int, int]:
-        """Start and end of a replica's images in a global batch, full or the last partial one."""
-        return images * replica // self.replicas, images * (replica + 1) // self.replicas
-
     def groups(self, device: str) -> DeviceMesh | None:
         """The process groups, once `torch.distributed` is up; None for a single rank."""
         if self.size == 1:
             return None
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+
         if dist.get_world_size() != self.size:
             raise ValueError(f"{dist.get_world_size()} ranks for a mesh of {self.size}")
         return init_device_mesh(

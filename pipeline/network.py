@@ -31,7 +31,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Pool:
-    """Max-pooling over size x size positions, `stride` apart; overlapping if size > stride (3.4)."""
+    """Max-pooling over size x size positions, `stride` apart; overlaps if size > stride (3.4)."""
 
     size: int = 3
     stride: int = 2
@@ -176,7 +176,8 @@ def alexnet_mini(classes: int = 10) -> Network:
     """AlexNet's eight layers at a quarter of the width, on 64-pixel crops.
 
     conv1 strides by 2, so that five convolutions still see something of so small an image; initial
-    weights are as wide as He et al. 2015 have it, because N(0, .01) dies out in layers so narrow.
+    weights are about as wide as He et al. 2015 have it for inputs of unit variance, because
+    N(0, .01) dies out in layers so narrow.
     """
     lrn, pool = (Norm(),), Pool()
     return Network(
@@ -184,14 +185,14 @@ def alexnet_mini(classes: int = 10) -> Network:
         64,
         2,
         (
-            Layer("conv1", "conv", 24, 11, 2, (2, 2), norms=lrn, pool=pool, std=0.001),
-            Layer("conv2", "conv", 64, 5, 1, (2, 2), norms=lrn, pool=pool, std=0.08),
-            Layer("conv3", "conv", 96, 3, 1, (1, 1), crosses=True, std=0.06),
-            Layer("conv4", "conv", 96, 3, 1, (1, 1), std=0.07),
-            Layer("conv5", "conv", 64, 3, 1, (1, 1), pool=pool, std=0.07),
-            Layer("fc6", "full", 1024, crosses=True, dropout=0.5, std=0.09),
+            Layer("conv1", "conv", 24, 11, 2, (2, 2), norms=lrn, pool=pool, std=0.07),
+            Layer("conv2", "conv", 64, 5, 1, (2, 2), norms=lrn, pool=pool, std=0.06),
+            Layer("conv3", "conv", 96, 3, 1, (1, 1), crosses=True, std=0.05),
+            Layer("conv4", "conv", 96, 3, 1, (1, 1), std=0.06),
+            Layer("conv5", "conv", 64, 3, 1, (1, 1), pool=pool, std=0.06),
+            Layer("fc6", "full", 1024, crosses=True, dropout=0.5, std=0.07),
             Layer("fc7", "full", 1024, crosses=True, dropout=0.5, std=0.04),
-            Layer("fc8", "full", classes, crosses=True, activation=None, std=0.03),
+            Layer("fc8", "full", classes, crosses=True, activation=None, std=0.02),
         ),
     )
 
@@ -209,9 +210,9 @@ def cifar(classes: int = 10) -> Network:
         32,
         2,
         (
-            Layer("conv1", "conv", 64, 5, 1, (2, 2), norms=lrn, pool=pool, std=0.002),
-            Layer("conv2", "conv", 64, 5, 1, (2, 2), norms=lrn, pool=pool, std=0.05),
-            Layer("conv3", "conv", 128, 3, 1, (1, 1), crosses=True, pool=pool, std=0.06),
+            Layer("conv1", "conv", 64, 5, 1, (2, 2), norms=lrn, pool=pool, std=0.12),
+            Layer("conv2", "conv", 64, 5, 1, (2, 2), norms=lrn, pool=pool, std=0.035),
+            Layer("conv3", "conv", 128, 3, 1, (1, 1), crosses=True, pool=pool, std=0.03),
             Layer("fc4", "full", classes, crosses=True, activation=None, std=0.01),
         ),
     )
@@ -256,7 +257,7 @@ def build(
     layers = []
     for layer in network.layers:
         if layer.activation:
-            layer = replace(layer, activation=activation)
+            layer = replace(layer, activation=activation)  # type: ignore[arg-type]
         if not lrn:
             layer = replace(layer, norms=())
         if layer.pool:

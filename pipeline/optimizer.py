@@ -1,10 +1,6 @@
-"""The paper's SGD (section 5) and the schedules of its rate."""
+"""The paper's SGD (section 5)."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
@@ -56,39 +52,8 @@ class SGD(torch.optim.SGD):
             for p in group["params"]:
                 if self.state[p].get("momentum_buffer") is None:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return {p: s["momentum_buffer"] for p, s in self.state.items()}
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The rate as a pure function of where the run is.
-
-    `steps`: divided by 10 at each of `drops` (epochs). `plateau`: divided by 10 each time that the
-    validation error has not fallen for `patience` evaluations, three times at most (paper, 5).
-    `warmup`: a linear rise over that many steps at the start.
-    """
-
-    rate: float
-    kind: Literal["steps", "plateau"] = "plateau"
-    drops: tuple[float, ...] = ()
-    patience: int = 3
-    warmup: int = 0
-
-    def at(self, step: int, epoch: float, errors: Sequence[float]) -> float:
-        """The rate of a step (from 0) at `epoch`, given the validation errors so far, in order."""
-        if self.kind == "steps":
-            drops = sum(epoch >= drop for drop in self.drops)
-        else:
-            drops = min(3, plateaus(errors, self.patience))
-        return self.rate * 0.1**drops * min(1.0, (step + 1) / (self.warmup + 1))
-
-
-def plateaus(errors: Sequence[float], patience: int) -> int:
-    """How often the error stopped falling: `patience` evaluations in a row no better than before."""
-    best, waited, count = float("inf"), 0, 0
-    for error in errors:
-        waited = 0 if error < best else waited + 1
-        best = min(best, error)
-        if waited == patience:
-            count, waited = count + 1, 0
-    return count
+        return {
+            p: self.state[p]["momentum_buffer"]
+            for group in self.param_groups
+            for p in group["params"]
+        }

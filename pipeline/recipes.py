@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline import network
 from pipeline.network import Network
-from pipeline.optimizer import Schedule
+from pipeline.rates import Schedule
 
 
 def setting(default: Any, text: str, allowed: tuple[Any, ...] | None = None) -> Any:
@@ -31,6 +31,7 @@ class Recipe:
     columns: int = setting(2, "Columns of the network; 1 is the half-size column.", (1, 2))
 
     image: int = setting(256, "Side in pixels that images are brought to before cropping.")
+    scale: float = setting(1.0, "Factor on pixels (0 to 255) once the mean is taken off.")
     pad: int = setting(0, "Pixels of reflected border before a random crop.")
     crops: bool = setting(True, "Random crops in training; else the centre.")
     mirror: bool = setting(True, "Mirror half of the training crops.")
@@ -65,8 +66,9 @@ class Recipe:
         self._at_least("patience", 1)
         for name in ("pad", "colour", "warmup", "decay", "bias_rate"):
             self._at_least(name, 0)
-        if not self.rate > 0:
-            raise ValueError(f"rate is {self.rate}: more than 0")
+        for name in ("rate", "scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: more than 0")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}: at least 0 and less than 1")
         if self.drops and self.schedule != "steps":
@@ -74,7 +76,7 @@ class Recipe:
         if self.pad and not self.crops:
             raise ValueError(f"pad is {self.pad}: it has no effect without crops")
         crop = self.build(1000).crop
-        if self.image + 2 * self.pad < crop or self.image < crop and not self.crops:
+        if self.image + 2 * self.pad < crop or (self.image < crop and not self.crops):
             raise ValueError(f"image is {self.image}: at least the crop of {crop} pixels")
 
     def _at_least(self, name: str, least: int) -> None:
@@ -123,6 +125,7 @@ def alexnet_mini() -> dict[str, Any]:
     return {
         "network": "alexnet-mini",
         "image": 72,
+        "scale": 1 / 64,
         "epochs": 12,
         "rate": 0.02,
         "schedule": "steps",
@@ -136,6 +139,7 @@ def cifar() -> dict[str, Any]:
     return {
         "network": "cifar",
         "image": 32,
+        "scale": 1 / 64,
         "pad": 4,
         "epochs": 12,
         "rate": 0.01,

@@ -106,8 +106,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, pair: Pair | None, dropout: Dropout | None) -> Tensor:
         layer = self.layer
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        x = self._conv(x, weight, bias, pair) if layer.kind == "conv" else self._full(
-            x.flatten(1), weight, bias, pair
+        x = (
+            self._conv(x, weight, bias, pair)
+            if layer.kind == "conv"
+            else self._full(x.flatten(1), weight, bias, pair)
         )
         for step in layer.order:
             if step == "activation" and layer.activation:

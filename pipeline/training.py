@@ -63,8 +63,9 @@ class Totals:
 class Trainer:
     """Steps a tower together with the ranks of its pair and its replicas.
 
-    `mean` float32 [crop, crop, 3] is subtracted from the pixels (0 to 255). Gradients are those of
-    the mean loss over the global batch, whatever its micro-batches and replicas.
+    `mean` float32 [crop, crop, 3] is subtracted from the pixels (0 to 255), then `scale` multiplies
+    them. Gradients are those of the mean loss over the global batch, whatever its micro-batches and
+    replicas.
     """
 
     def __init__(
@@ -74,13 +75,14 @@ class Trainer:
         mean: Tensor,
         *,
         seed: int,
+        scale: float = 1.0,
         pair: Pair | None = None,
         replicas: dist.ProcessGroup | None = None,
         microbatches: int = 1,
     ) -> None:
         self.tower, self.optimizer, self.pair = tower, optimizer, pair
         self.replicas = replicas if replicas and replicas.size() > 1 else None
-        self.seed, self.microbatches = seed, microbatches
+        self.seed, self.scale, self.microbatches = seed, scale, microbatches
         self.device = next(tower.parameters()).device
         # The dtype of the weights, so that a float64 tower is float64 from its pixels on.
         self.mean = mean.to(self.device, next(tower.parameters()).dtype)
@@ -106,7 +108,7 @@ class Trainer:
             start = int(part[0]) - images.place
             end = start + len(part)
             loss, sums = self._forward(images, start, end, Dropout(self.seed, step, part))
-            (loss / count).backward()  # type: ignore[no-untyped-call]
+            (loss / count).backward()
             totals += sums
         if self.replicas:
             # Every rank in the table's order, also one that had no image of a short last batch.
@@ -140,7 +142,7 @@ class Trainer:
             for t in (images.crops, images.labels, images.shifts)
         )
         offset = shifts.to(self.mean.dtype)[:, None, None, :] - self.mean
-        return (offset + crops).permute(0, 3, 1, 2), labels
+        return (offset + crops).mul_(self.scale).permute(0, 3, 1, 2), labels
 
     def _over_replicas(self, x: Tensor) -> Tensor:
         if self.replicas:

@@ -1,0 +1,214 @@
+"""Training crops, mirror images and colour shifts, and the batches made of them.
+
+Everything random about a sample comes from `generator(seed, epoch, row)`, in this order whatever
+is turned on: the crop's row, its column, the mirror, three draws for the colour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets import DataError
+from datasets.images import Pixels, decode, fit
+from datasets.layout import Dataset
+from datasets.randomness import stream
+from datasets.rows import Rows
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How images become crops. Raises ValueError, naming field, value and what is allowed.
+
+    `size`: side in pixels that images are fitted to; `crop`: side of the crops; `pad`: pixels of
+    reflected border before a random crop; `mirror`: mirror every other training crop;
+    `random_crop`: crop anywhere, else the centre; `colour`: standard deviation of the draws that
+    shift colours, 0 for none.
+    """
+
+    size: int
+    crop: int
+    pad: int = 0
+    mirror: bool = True
+    random_crop: bool = True
+    colour: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, least in (("size", 1), ("crop", 1), ("pad", 0), ("colour", 0)):
+            value = getattr(self, name)
+            if not value >= least or value == float("inf"):
+                raise ValueError(f"{name} is {value}: {least} or more")
+        if self.pad >= self.size:
+            raise ValueError(f"pad is {self.pad}: less than size, {self.size}, which it reflects")
+        if self.pad and not self.random_crop:
+            raise ValueError(f"pad is {self.pad}: 0, as it has no effect without random_crop")
+        if self.crop > self.size:
+            raise ValueError(f"crop is {self.crop}: size, {self.size}, at most")
+
+
+def generator(seed: int, epoch: int, row: int) -> np.random.Generator:
+    """The source of all that is random about one sample, keyed by exactly these three."""
+    return stream("sample", seed, epoch, row)
+
+
+def train_crop(pixels: Pixels, aug: Augmentation, rng: np.random.Generator) -> Pixels:
+    """A crop of `pixels` uint8 [H, W, 3] as `aug` has it: uint8 [crop, crop, 3].
+
+    Draws three numbers from `rng` whatever is turned on. Raises ValueError if the image is smaller
+    than the crop.
+    """
+    height, width = (side + 2 * aug.pad for side in pixels.shape[:2])
+    _check(pixels, aug.crop)
+    draws = rng.random(3)
+    if aug.random_crop:
+        top = int(draws[0] * (height - aug.crop + 1))
+        left = int(draws[1] * (width - aug.crop + 1))
+        if aug.pad:
+            rows, columns = (_reflected(n, aug.pad) for n in pixels.shape[:2])
+            pixels = pixels[rows[top : top + aug.crop]][:, columns[left : left + aug.crop]]
+        else:
+            pixels = pixels[top : top + aug.crop, left : left + aug.crop]
+    else:
+        pixels = centre_crop(pixels, aug.crop)
+    return pixels[:, ::-1] if aug.mirror and draws[2] < 0.5 else pixels
+
+
+def centre_crop(pixels: Pixels, crop: int) -> Pixels:
+    """The middle of `pixels` uint8 [H, W, 3]: uint8 [crop, crop, 3].
+
+    Raises ValueError if the image is smaller.
+    """
+    _check(pixels, crop)
+    top, left = ((side - crop) // 2 for side in pixels.shape[:2])
+    return pixels[top : top + crop, left : left + crop]
+
+
+def ten_crops(pixels: Pixels, crop: int) -> Pixels:
+    """The paper's test crops of uint8 [H, W, 3]: four corners and the centre, then their mirror
+    images, uint8 [10, crop, crop, 3]. Raises ValueError if the image is smaller.
+    """
+    _check(pixels, crop)
+    low, right = (side - crop for side in pixels.shape[:2])
+    places = ((0, 0), (0, right), (low, 0), (low, right))
+    five = [pixels[top : top + crop, left : left + crop] for top, left in places]
+    five.append(centre_crop(pixels, crop))
+    return np.stack([*five, *(view[:, ::-1] for view in five)])
+
+
+def colour_shift(
+    colour: NDArray[np.float64], std: float, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """What to add to every pixel's RGB (in grey levels, 0 to 255): float32 [3].
+
+    `colour` float64 [3, 3] is `Statistics.colour()`: scaled eigenvectors of pixels in 0..1, mixed
+    by draws of N(0, `std`). Always three draws.
+    """
+    return (255 * (colour @ (std * rng.standard_normal(3)))).astype(np.float32)
+
+
+@dataclass
+class Batch:
+    """Samples ready for the device, in the order asked for.
+
+    `crops` uint8 [n, crop, crop, 3], `labels` int64 [n], `shifts` float32 [n, 3] in grey levels,
+    `rows` int64 [n]; `skipped` rows are missing, of which `faults` say why.
+    """
+
+    crops: Pixels
+    labels: NDArray[np.int64]
+    shifts: NDArray[np.float32]
+    rows: NDArray[np.int64]
+    skipped: int
+    faults: list[str]
+
+
+class Loader:
+    """Rows to batches. `colour` is `Statistics.colour()`, None for no colour shifts.
+
+    A bad row raises DataError, or with `on_error="skip"` is left out of the batch and named in
+    it. Raises ValueError for another `on_error`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        aug: Augmentation,
+        colour: NDArray[np.float64] | None,
+        *,
+        seed: int,
+        on_error: Literal["fail", "skip"] = "fail",
+    ) -> None:
+        if on_error not in ("fail", "skip"):
+            raise ValueError(f"on_error is {on_error!r}: fail or skip")
+        if dataset.size is not None and dataset.size < aug.crop:
+            raise DataError(
+                f"{dataset.root}: images of {dataset.size} pixels are smaller than the crop of "
+                f"{aug.crop}; prepare them with a greater size"
+            )
+        self.aug, self.seed, self.on_error = aug, seed, on_error
+        self.colour = colour if aug.colour else None
+        self._source = Rows(dataset, split)
+
+    def load(self, rows: NDArray[np.int64], epoch: int, train: bool) -> Batch:
+        """The samples of `rows` (int64 [n], within the split): augmented for training in `epoch`,
+        else their centres without shifts.
+
+        Raises DataError, naming file and row, unless bad rows are skipped.
+        """
+        faults: list[str] = []
+        skip = self.on_error == "skip"
+        n, crop = len(rows), self.aug.crop
+        batch = Batch(
+            np.empty((n, crop, crop, 3), np.uint8),
+            np.empty(n, np.int64),
+            np.zeros((n, 3), np.float32),
+            np.empty(n, np.int64),
+            0,
+            faults,
+        )
+        kept = 0
+        for record in self._source.read(rows, faults if skip else None):
+            try:
+                pixels = self._pixels(record.image, record.place)
+            except DataError as error:
+                if not skip:
+                    raise
+                faults.append(str(error))
+                continue
+            if train:
+                rng = generator(self.seed, epoch, record.row)
+                batch.crops[kept] = train_crop(pixels, self.aug, rng)
+                if self.colour is not None:
+                    batch.shifts[kept] = colour_shift(self.colour, self.aug.colour, rng)
+            else:
+                batch.crops[kept] = centre_crop(pixels, crop)
+            batch.labels[kept], batch.rows[kept] = record.label, record.row
+            kept += 1
+        batch.skipped = n - kept
+        if batch.skipped:
+            for name in ("crops", "labels", "shifts", "rows"):
+                setattr(batch, name, getattr(batch, name)[:kept])
+        return batch
+
+    def _pixels(self, data: bytes, place: str) -> Pixels:
+        pixels = decode(data, place)
+        if min(pixels.shape[:2]) < self.aug.crop:
+            raise DataError(
+                f"{place}: the image of {pixels.shape[1]}x{pixels.shape[0]} pixels is smaller than "
+                f"the crop of {self.aug.crop}; replace or remove it"
+            )
+        return fit(pixels, self.aug.size)
+
+
+def _check(pixels: Pixels, crop: int) -> None:
+    if min(pixels.shape[:2]) < crop:
+        raise ValueError(f"image is {pixels.shape[:2]}: {crop} pixels or more each way")
+
+
+def _reflected(side: int, pad: int) -> NDArray[np.int64]:
+    """Where the rows of an image come from once it is padded, the border itself not repeated."""
+    return np.pad(np.arange(side), pad, mode="reflect")

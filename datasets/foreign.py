@@ -1,0 +1,123 @@
+"""Parquet that others made: which files are which split, which columns are image and label."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from datasets import DataError
+from datasets.layout import Shard, parquet
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+}
+"""Names of splits as others call them, and as we do."""
+
+IMAGES = ("image", "img", "jpg", "jpeg", "png", "picture", "photo")
+LABELS = ("label", "labels", "fine_label", "cls", "class", "target", "y")
+
+
+def split_files(root: str, paths: list[str]) -> dict[str, list[str]]:
+    """The Parquet files below `root` by split, each split in the order of names.
+
+    A file `train-*` or in a folder `train` belongs to "train"; all of them do if no name tells.
+    Raises DataError if files that names like `train-00000-of-00042` speak of are missing.
+    """
+    splits: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(paths):
+        *folders, name = path.removeprefix(root).strip("/").split("/")
+        parts = [re.split(r"[-_.]", name)[0], *reversed(folders)]
+        known = next((SPLITS[part.lower()] for part in parts if part.lower() in SPLITS), None)
+        numbered = re.match(r"(\w+)-\d+", name)
+        splits[known or (numbered[1] if numbered else "train")].append(path)
+    for files in splits.values():
+        _check_complete(root, files)
+    # Training first, and a fixed order whatever the files are called.
+    order = sorted(splits, key=lambda split: (split != "train", split != "val", split))
+    return {split: splits[split] for split in order}
+
+
+def _check_complete(root: str, files: list[str]) -> None:
+    counts = [re.search(r"-(\d+)-of-(\d+)\.parquet$", path) for path in files]
+    totals = {int(match[2]) for match in counts if match}
+    if len(totals) == 1 and all(counts) and len(files) < (total := totals.pop()):
+        there = {int(match[1]) for match in counts if match}
+        missing = next(number for number in range(total) if number not in there)
+        stem = re.sub(r"-\d+-of-\d+\.parquet$", "", files[0])
+        raise DataError(
+            f"{root}: {len(files)} of {total} files are there, {stem}-{missing:05d}-of-"
+            f"{total:05d}.parquet is not; fetch the rest, or rename these without '-of-'"
+        )
+
+
+def columns(path: str, schema: Any) -> tuple[str, str, tuple[str, ...]]:
+    """Names of the image and the label column, and of the classes: () if the schema has none.
+
+    Raises DataError, saying which columns there are, if one of the two is not among them.
+    """
+    features = _features(schema)
+    images = [field.name for field in schema if _holds_images(field.type)]
+    labels = [field.name for field in schema if pa.types.is_integer(field.type)]
+    said = [name for name in images if features.get(name, {}).get("_type") == "Image"]
+    image = _first(said, IMAGES) or _first(images, IMAGES)
+    said = [name for name in labels if features.get(name, {}).get("_type") == "ClassLabel"]
+    named = [name for name in labels if name.lower() in LABELS]
+    label = _first(said, LABELS) or _first(named, LABELS)
+    there = ", ".join(f"{field.name}: {field.type}" for field in schema) or "none"
+    if image is None:
+        raise DataError(
+            f"{path}: no column of encoded images (struct<bytes, path> or binary); it has {there}"
+        )
+    if label is None:
+        raise DataError(
+            f"{path}: no column of integer labels (ClassLabel, or called label); it has {there}"
+        )
+    return image, label, tuple(features.get(label, {}).get("names") or ())
+
+
+def numbered_classes(shards: list[Shard], label: str) -> tuple[str, ...]:
+    """Classes "0" to the greatest label, for which the label column is read.
+
+    Raises DataError if there is no label at all.
+    """
+    greatest = -1
+    for shard in shards:
+        with parquet(shard.path) as file:
+            found = pc.max(file.read(columns=[label]).column(label)).as_py()
+        greatest = max(greatest, -1 if found is None else found)
+    if greatest < 0:
+        raise DataError(f"{shards[0].path}: {label!r} holds no label of 0 or more; add labels")
+    return tuple(str(number) for number in range(greatest + 1))
+
+
+def _features(schema: Any) -> dict[str, dict[str, Any]]:
+    """The Hugging Face features in the schema's metadata, {} if there are none."""
+    try:
+        metadata = json.loads((schema.metadata or {})[b"huggingface"])
+        features = metadata["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return {name: value for name, value in features.items() if isinstance(value, dict)}
+
+
+def _holds_images(kind: Any) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _first(names: list[str], preferred: tuple[str, ...]) -> str | None:
+    """The name that comes first in `preferred`; the first of all if none is there."""
+    chosen = [name for want in preferred for name in names if name.lower() == want]
+    return next(iter(chosen + names), None)

@@ -1,0 +1,103 @@
+"""What a data set is: splits of Parquet shards, as small values that travel to every worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow.parquet as pq
+
+from datasets import DataError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file: a path or URL that `fsspec.open` takes, and the rows of its row groups."""
+
+    path: str
+    groups: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folders."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def rows(self) -> int:
+        """Rows in all row groups."""
+        return sum(self.groups)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a folder of shards holds, as a small value that travels to every worker.
+
+    `image` and `label` are names of columns, `classes` the labels' names in order, `size` the side
+    in pixels of every image if all are square and alike, else None; `splits` has the shards of
+    "train", "val", "test" and so on.
+    """
+
+    root: str
+    image: str
+    label: str
+    classes: tuple[str, ...]
+    size: int | None
+    splits: Mapping[str, tuple[Shard, ...]]
+
+    @property
+    def held_out(self) -> str | None:
+        """The split to evaluate on: "val", else "test", else None."""
+        return next((split for split in ("val", "test") if split in self.splits), None)
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """The shards of `split`. Raises DataError if there is no such split."""
+        if split not in self.splits:
+            raise DataError(f"{self.root}: no split {split!r}; it has {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def rows(self, split: str) -> int:
+        """Rows of `split`."""
+        return sum(shard.rows for shard in self.shards(split))
+
+    def groups(self, split: str) -> tuple[int, ...]:
+        """Rows of each row group of `split`, in file order."""
+        return tuple(rows for shard in self.shards(split) for rows in shard.groups)
+
+
+def storage(url: str) -> tuple[Any, str]:
+    """The fsspec file system of `url` and the path there.
+
+    Raises DataError for a kind of URL that fsspec doesn't know or lacks the package for.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{url}: {error}") from error
+    return fs, str(path).rstrip("/")
+
+
+@contextmanager
+def parquet(path: str, footer: Any = None) -> Iterator[Any]:
+    """The `pyarrow.parquet.ParquetFile` at a path or URL, with its `footer` if that was read.
+
+    Raises DataError, naming the file, for whatever goes wrong in reading it.
+    """
+    try:
+        fs, inner = storage(path)
+        # fsspec would read megabytes ahead, which a reader of single row groups throws away.
+        with fs.open(inner, "rb", cache_type="none") as file:
+            yield pq.ParquetFile(file, metadata=footer, pre_buffer=True)
+    except DataError:
+        raise
+    except PermissionError as error:
+        raise DataError(f"{path}: may not be read ({error}); check its permissions") from error
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; copy it there or prepare the data again") from None
+    except Exception as error:  # a damaged file raises whatever Arrow stumbled on
+        reason = " ".join(str(error).split())[:150].rstrip(".") or type(error).__name__
+        raise DataError(
+            f"{path}: not readable as Parquet ({reason}); copy or prepare it again"
+        ) from error

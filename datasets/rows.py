@@ -1,0 +1,130 @@
+"""Any rows of a split, read by the row group."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets import DataError
+from datasets.layout import Dataset, parquet
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row: the encoded image, its label, where it stands (for messages) and its number."""
+
+    image: bytes
+    label: int
+    place: str
+    row: int
+
+
+class BadRow(DataError):
+    """A row is bad, and others in its file need not be."""
+
+
+@dataclass
+class _Group:
+    """A row group in memory."""
+
+    images: Any
+    labels: Any
+    bytes: int
+
+
+@dataclass
+class Rows:
+    """Reads any rows of one split, and keeps the row groups that were used last.
+
+    `cache_groups` row groups at most, of `cache_bytes` bytes together, are kept (always the last).
+    """
+
+    dataset: Dataset
+    split: str
+    cache_groups: int = 1024
+    cache_bytes: int = 256 << 20
+    _cache: OrderedDict[int, _Group] = field(default_factory=OrderedDict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._shards = self.dataset.shards(self.split)
+        self._ends = np.cumsum(self.dataset.groups(self.split), dtype=np.int64)
+        self._first = np.cumsum([0, *(len(shard.groups) for shard in self._shards)])
+        self._footers: dict[int, Any] = {}
+
+    def read(self, rows: NDArray[np.int64], faults: list[str] | None = None) -> list[Record]:
+        """The rows numbered `rows` (int64 [n], within the split, in file order), in that order.
+
+        Each row group is fetched once at most, and of it the two columns. Raises IndexError for a
+        row that the split doesn't have, and DataError, naming file and row, for a file that can't
+        be read, a missing image or label, or a label that is none of the classes. With a list of
+        `faults`, bad rows are left out instead, and the list says why.
+        """
+        total = int(self._ends[-1]) if len(self._ends) else 0
+        if len(rows) and not 0 <= rows.min() <= rows.max() < total:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {total} in {self.split}")
+        groups = np.searchsorted(self._ends, rows, side="right")
+        found: dict[int, Record] = {}
+        # By group, so that each is fetched once however small the cache is.
+        for index in np.argsort(groups, kind="stable").tolist():
+            try:
+                found[index] = self._record(int(groups[index]), int(rows[index]))
+            except BadRow as error:
+                if faults is None:
+                    raise
+                faults.append(str(error))
+        return [found[index] for index in sorted(found)]
+
+    def _record(self, number: int, row: int) -> Record:
+        group = self._group(number)
+        shard_number, index = self._locate(number)
+        shard = self._shards[shard_number]
+        at = row - (int(self._ends[number - 1]) if number else 0)
+        place = f"{shard.name} row {sum(shard.groups[:index]) + at}"
+        image, label, path = group.images[at].as_py(), group.labels[at].as_py(), None
+        if isinstance(image, dict):
+            image, path = image["bytes"], image.get("path")
+        if not image and path:
+            raise BadRow(
+                f"{place}: {self.dataset.image!r} holds a path, {path}, and no bytes; "
+                "embed the images in the Parquet"
+            )
+        if not image:
+            raise BadRow(f"{place}: {self.dataset.image!r} is empty; remove the row")
+        classes = len(self.dataset.classes)
+        if label is None or not 0 <= label < classes:
+            what = "is empty" if label is None else f"is {label}, outside 0 to {classes - 1}"
+            raise BadRow(f"{place}: {self.dataset.label!r} {what}; correct or remove the row")
+        return Record(image, int(label), place, row)
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        """The shard of a row group, and the group's index there."""
+        shard = int(np.searchsorted(self._first, number, side="right")) - 1
+        return shard, number - int(self._first[shard])
+
+    def _group(self, number: int) -> _Group:
+        if number in self._cache:
+            self._cache.move_to_end(number)
+            return self._cache[number]
+        shard_number, index = self._locate(number)
+        shard = self._shards[shard_number]
+        columns = [self.dataset.image, self.dataset.label]
+        with parquet(shard.path, self._footers.get(shard_number)) as file:
+            table = file.read_row_group(index, columns=columns)
+            images, labels = (table.column(name).combine_chunks() for name in columns)
+            self._footers[shard_number] = file.metadata
+        if len(table) != shard.groups[index]:
+            raise DataError(
+                f"{shard.path}: row group {index} has {len(table)} rows and had "
+                f"{shard.groups[index]}; the file changed: start again"
+            )
+        self._cache[number] = group = _Group(images, labels, table.nbytes)
+        while len(self._cache) > 1 and (
+            len(self._cache) > self.cache_groups
+            or sum(kept.bytes for kept in self._cache.values()) > self.cache_bytes
+        ):
+            self._cache.popitem(last=False)
+        return group

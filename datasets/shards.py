@@ -1,0 +1,252 @@
+"""Folders of Parquet shards: opened, ours or any of Hugging Face's, and written.
+
+A row of ours is `image: struct<bytes: binary, path: string>` and `label: int64`, which any Hugging
+Face tool opens; `dataset.json` beside the shards is written last and says what belongs to it.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from datasets import DataError
+from datasets.foreign import columns, numbered_classes, split_files
+from datasets.layout import Dataset, Shard, parquet, storage
+from datasets.rows import Record, Rows
+
+__all__ = [
+    "Dataset",
+    "Record",
+    "Rows",
+    "Shard",
+    "open_dataset",
+    "write_manifest",
+    "write_split",
+]
+
+FORMAT = 1
+"""Version of `dataset.json`."""
+
+MANIFEST = "dataset.json"
+
+
+def open_dataset(url: str) -> Dataset:
+    """The data set at `url`: a folder of ours, a Hugging Face folder, or one Parquet file.
+
+    Reads the manifest, if there is one, and the files' footers; the label column only if nothing
+    names the classes. Raises DataError if nothing is there, a file is not Parquet, image or label
+    column is missing, or manifest and files disagree.
+    """
+    fs, root = storage(url)
+    address = _address(fs, root)
+    if not fs.exists(root):
+        raise DataError(f"{url}: no such file or folder")
+    if fs.isfile(root):
+        return _foreign(address, {"train": [address]})
+    if fs.isfile(f"{root}/{MANIFEST}"):
+        return _ours(address, fs.cat_file(f"{root}/{MANIFEST}"))
+    found = [path for path in fs.find(root, maxdepth=4) if path.endswith(".parquet")]
+    if not found:
+        raise DataError(f"{url}: no Parquet files there; `towers prepare` makes them of images")
+    splits = split_files(root, found)
+    return _foreign(address, {k: [_address(fs, path) for path in v] for k, v in splits.items()})
+
+
+def write_split(
+    url: str,
+    split: str,
+    records: Iterable[tuple[bytes, str, int]],
+    classes: Sequence[str],
+    *,
+    rows_per_group: int = 64,
+    shard_bytes: int = 256 << 20,
+) -> tuple[Shard, ...]:
+    """Write `records` (encoded image, its name, label) as the shards of `split` in folder `url`.
+
+    A shard ends once it has `shard_bytes` of images. The files get their names when all are
+    complete. An older `split` goes, and so do the manifest (`write_manifest` comes last) and, with
+    "train", the statistics. Raises DataError if there are no records or a label is none of the
+    classes.
+    """
+    fs, root = storage(url)
+    fs.makedirs(root, exist_ok=True)
+    for stale in (MANIFEST, *(["statistics.npz"] if split == "train" else [])):
+        if fs.exists(f"{root}/{stale}"):
+            fs.rm_file(f"{root}/{stale}")
+    schema = _schema(classes)
+    partials: list[tuple[str, tuple[int, ...]]] = []
+    groups = _groups(records, split, classes, rows_per_group)
+    try:
+        for first in groups:
+            partial = f"{root}/.{split}-{uuid.uuid4().hex}.partial"
+            partials.append((partial, ()))
+            with fs.open(partial, "wb") as file:
+                rows = _write_shard(file, schema, first, groups, shard_bytes)
+            partials[-1] = (partial, rows)
+    except BaseException:
+        for partial, _ in partials:
+            if fs.exists(partial):
+                fs.rm_file(partial)
+        raise
+    if not partials:
+        raise DataError(f"{url}: no image for split {split!r}; is the source empty?")
+    for old in fs.glob(f"{root}/{split}-*-of-*.parquet"):
+        fs.rm_file(old)
+    shards = []
+    for number, (partial, rows) in enumerate(partials):
+        path = f"{root}/{split}-{number:05d}-of-{len(partials):05d}.parquet"
+        fs.mv(partial, path)
+        shards.append(Shard(_address(fs, path), rows))
+    return tuple(shards)
+
+
+def write_manifest(
+    url: str,
+    splits: Mapping[str, Sequence[Shard]],
+    classes: Sequence[str],
+    *,
+    size: int | None = None,
+    skipped: Mapping[str, int] | None = None,
+) -> None:
+    """Write `dataset.json`: what belongs to the data set, and how often what was skipped, why."""
+    manifest = {
+        "format": FORMAT,
+        "image": "image",
+        "label": "label",
+        "size": size,
+        "rows": {split: sum(s.rows for s in shards) for split, shards in splits.items()},
+        "skipped": dict(skipped or {}),
+        "classes": list(classes),
+        "splits": {
+            split: [{"file": s.name, "rows": s.rows, "groups": list(s.groups)} for s in shards]
+            for split, shards in splits.items()
+        },
+    }
+    fs, root = storage(url)
+    path = f"{root}/{MANIFEST}"
+    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    fs.pipe_file(partial, (json.dumps(manifest, indent=1) + "\n").encode())
+    fs.mv(partial, path)
+
+
+def _groups(
+    records: Iterable[tuple[bytes, str, int]], split: str, classes: Sequence[str], rows: int
+) -> Iterator[list[tuple[bytes, str, int]]]:
+    left = iter(records)
+    while group := list(islice(left, rows)):
+        for _, name, label in group:
+            if not 0 <= label < len(classes):
+                raise DataError(
+                    f"{split} {name}: label is {label}, outside 0 to {len(classes) - 1}"
+                )
+        yield group
+
+
+def _write_shard(
+    file: Any,
+    schema: Any,
+    group: list[tuple[bytes, str, int]],
+    groups: Iterator[list[tuple[bytes, str, int]]],
+    limit: int,
+) -> tuple[int, ...]:
+    """Write `group` and those that follow up to `limit` bytes; rows of each that was written."""
+    rows, size = [], 0
+    # Encoded images neither compress nor repeat, and their least and greatest say nothing.
+    with pq.ParquetWriter(
+        file, schema, compression="none", use_dictionary=["label"], write_statistics=["label"]
+    ) as writer:
+        while True:
+            images = [{"bytes": data, "path": name} for data, name, _ in group]
+            labels = [label for _, _, label in group]
+            writer.write_table(pa.table({"image": images, "label": labels}, schema=schema))
+            rows.append(len(group))
+            size += sum(len(data) for data, _, _ in group)
+            if size >= limit or not (group := next(groups, [])):
+                return tuple(rows)
+
+
+def _schema(classes: Sequence[str]) -> Any:
+    features = {
+        "image": {"_type": "Image"},
+        "label": {"names": list(classes), "_type": "ClassLabel"},
+    }
+    fields = [
+        pa.field("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+        pa.field("label", pa.int64()),
+    ]
+    return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _address(fs: Any, path: str) -> str:
+    """What `fsspec.open` takes for a path of `fs`."""
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def _footers(paths: Sequence[str]) -> list[tuple[Shard, Any]]:
+    """Each file's shard and schema. Far away footers take long, so many are asked for at once."""
+
+    def footer(path: str) -> tuple[Shard, Any]:
+        with parquet(path) as file:
+            meta = file.metadata
+            groups = (meta.row_group(i).num_rows for i in range(meta.num_row_groups))
+            return Shard(path, tuple(groups)), file.schema_arrow
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(footer, paths))
+
+
+def _foreign(root: str, files: dict[str, list[str]]) -> Dataset:
+    paths = [path for split in files.values() for path in split]
+    read = _footers(paths)
+    image, label, classes = columns(paths[0], read[0][1])
+    for shard, schema in read:
+        for name in (image, label):
+            if name not in schema.names:
+                there = ", ".join(schema.names)
+                raise DataError(
+                    f"{shard.path}: no column {name!r} as in {paths[0]}; it has {there}"
+                )
+    shards = {shard.path: shard for shard, _ in read}
+    splits = {split: tuple(shards[path] for path in found) for split, found in files.items()}
+    classes = classes or numbered_classes([shard for shard, _ in read], label)
+    return Dataset(root, image, label, classes, None, splits)
+
+
+def _ours(root: str, text: bytes) -> Dataset:
+    try:
+        manifest = json.loads(text)
+        splits = {
+            split: tuple(Shard(f"{root}/{f['file']}", tuple(f["groups"])) for f in files)
+            for split, files in manifest["splits"].items()
+        }
+        dataset = Dataset(
+            root,
+            manifest["image"],
+            manifest["label"],
+            tuple(manifest["classes"]),
+            manifest["size"],
+            splits,
+        )
+        version = manifest["format"]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{root}/{MANIFEST}: not a manifest ({error!r}); prepare the data set again"
+        ) from error
+    if version != FORMAT:
+        raise DataError(f"{root}/{MANIFEST}: format {version}; this version reads {FORMAT}")
+    shards = [shard for split in splits.values() for shard in split]
+    for shard, (found, _) in zip(shards, _footers([s.path for s in shards]), strict=True):
+        if found.groups != shard.groups:
+            raise DataError(
+                f"{shard.path}: {found.rows} rows in {len(found.groups)} row groups, "
+                f"{shard.rows} in {len(shard.groups)} by {MANIFEST}; prepare the data set again"
+            )
+    return dataset

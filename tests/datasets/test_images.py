@@ -1,0 +1,99 @@
+"""Whatever Pillow reads becomes RGB; what it can't is named."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import DataError
+from datasets.images import decode, encode, fit
+
+
+def stored(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def ramp(height: int = 6, width: int = 8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_rgb_comes_back_as_it_was() -> None:
+    assert decode(stored(Image.fromarray(ramp()), "PNG"), "x").tolist() == ramp().tolist()
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "LA", "RGBA"])
+def test_other_modes_become_rgb(mode: str) -> None:
+    image = Image.fromarray(ramp()).convert(mode)
+    kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
+    got = decode(stored(image, kind), "x")
+    assert (got.shape, got.dtype) == ((6, 8, 3), np.uint8)
+    assert got.tolist() == np.asarray(image.convert("RGB")).tolist()
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+    grey = np.array([[0, 257, 65535, 128 * 257]], np.uint16)
+    got = decode(stored(Image.fromarray(grey), "PNG"), "x")
+    assert got.tolist() == [[[v] * 3 for v in (0, 1, 255, 128)]]
+
+
+def test_what_shines_through_is_black() -> None:
+    clear = Image.new("RGBA", (1, 1), (200, 100, 50, 0))
+    assert decode(stored(clear, "PNG"), "x").tolist() == [[[0, 0, 0]]]
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = stored(Image.fromarray(ramp()), "PNG", exif=exif)
+    assert decode(data, "x").tolist() == np.rot90(ramp(), -1).tolist()
+
+
+def test_the_first_frame_counts() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    data = stored(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode(data, "x")[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("data", [b"", b"text", encode(ramp(64, 64))[:300]])
+def test_what_does_not_decode_is_named(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"^shard row 7: the image \(\d+ bytes\) does not") as error:
+        decode(data, "shard row 7")
+    assert "\n" not in str(error.value)
+
+
+def test_a_decompression_bomb_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(ramp())
+    for limit in (40, 20):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(DataError, match=f"x: the image has more than {limit} pixels; make it"):
+            decode(data, "x")
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 30), (30, 40), (7, 90), (5, 4), (16, 33)])
+def test_fit(height: int, width: int) -> None:
+    pixels = fit(ramp(height, width), 16)
+    assert (pixels.shape, pixels.dtype) == ((16, 16, 3), np.uint8)
+
+
+def test_fit_keeps_what_fits_and_cuts_the_centre() -> None:
+    square, wide = ramp(16, 16), ramp(16, 20)
+    assert fit(square, 16) is square
+    assert fit(wide, 16).tolist() == wide[:, 2:18].tolist()
+
+
+def test_fit_is_antialiased() -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[::2] = 200
+    assert np.ptp(fit(stripes, 8)[2:6]) < 10
+
+
+def test_encode_is_a_jpeg_near_the_image() -> None:
+    smooth = np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
+    again = decode(encode(smooth, 95), "x")
+    assert np.abs(again.astype(int) - smooth).mean() < 4
+    assert len(encode(smooth, 30)) < len(encode(smooth, 95))

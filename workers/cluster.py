@@ -1,0 +1,33 @@
+"""Ray itself: connect to the cluster that is there, or start one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from workers.config import UserError
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Within it Ray is up: the cluster of RAY_ADDRESS, one that runs on this machine, or a new one.
+
+    What was started here is ended here. Raises UserError if a named cluster does not answer.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None)
+    except ConnectionError as error:
+        address = os.environ.get("RAY_ADDRESS", "")
+        raise UserError(f"no Ray cluster answers at {address}: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,133 @@
+"""A run's configuration: the recipe and all that says where, on what and how it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import tomllib
+from dataclasses import dataclass, fields
+from typing import Any
+
+import fsspec
+
+from pipeline.mesh import Mesh
+from pipeline.recipes import RECIPES, Recipe, setting
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; its one line says what, where and how. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class Config(Recipe):
+    """A complete, re-runnable configuration.
+
+    Raises ValueError, naming field, value and what is allowed, for a value that cannot be.
+    """
+
+    shards: str = setting("", "Folder or URL of Parquet shards; the drawn data set if unset.")
+    run: str = setting("", "Folder or URL of the run.")
+    steps: int | None = setting(None, "Training steps after which the run ends, if before EPOCHS.")
+    seed: int = setting(0, "Of weights, dropout, order and augmentation.")
+    towers: int | None = setting(
+        None, "Processes that share a network; 2 unless there is one GPU.", (None, 1, 2)
+    )
+    replicas: int = setting(1, "Data-parallel copies of the towers.")
+    microbatches: int = setting(1, "Parts that a replica's batch is gone through in.")
+    device: str = setting("auto", "GPUs where the cluster has them.", ("auto", "cpu", "cuda"))
+    augmenters: str = setting("1:8", "Fewest and most actors of the augmentation fleet, MIN:MAX.")
+    on_error: str = setting("fail", "What becomes of an image that is bad.", ("fail", "skip"))
+    checkpoint_every: int | None = setting(None, "Steps between checkpoints inside an epoch.")
+    keep: int = setting(3, "Checkpoints that are kept.")
+    restarts: int = setting(3, "Times that a run goes on after a process was lost.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                self._at_least(name, 1)
+        self._at_least("keep", 1)
+        self._at_least("restarts", 0)
+        self._at_least("seed", 0)
+        _ = self.fleet
+        Mesh(self.replicas, 1, self.towers or 2).check_batch(self.batch, self.microbatches)
+        if self.towers == 2 and self.columns == 1:
+            raise ValueError("towers is 2: a network of 1 column is held by 1 process")
+
+    @property
+    def fleet(self) -> tuple[int, int]:
+        """Fewest and most augmenters."""
+        low, _, high = self.augmenters.partition(":")
+        if not (low.isdecimal() and (high or low).isdecimal()):
+            raise ValueError(f"augmenters is {self.augmenters!r}: MIN:MAX, such as 1:8")
+        sizes = int(low), int(high or low)
+        if not 1 <= sizes[0] <= sizes[1]:
+            raise ValueError(f"augmenters is {self.augmenters!r}: 1 <= MIN <= MAX")
+        return sizes
+
+    def to_toml(self) -> str:
+        """The whole configuration; JSON's strings, numbers and lists are TOML's too."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        lines = [f"{k} = {json.dumps(v)}" for k, v in values.items() if v is not None]
+        return "\n".join(lines) + "\n"
+
+
+def configure(given: dict[str, Any], file: str | None = None) -> Config:
+    """The recipe of the network, under what a TOML file says, under what is `given` by name.
+
+    Raises UserError for an unknown field, a value of another type, or one that cannot be.
+    """
+    chosen = {**(read(file) if file else {}), **given}
+    default = "alexnet" if chosen.get("shards") else "alexnet-mini"
+    name = chosen.setdefault("network", default)
+    if name not in RECIPES:
+        raise UserError(f"network is {name!r}: one of {', '.join(RECIPES)}")
+    recipe = RECIPES[name]()
+    if "epochs" in chosen and "drops" not in chosen and "drops" in recipe:
+        # A shorter or longer run keeps the shape of its schedule.
+        ratio = chosen["epochs"] / recipe["epochs"]
+        recipe["drops"] = tuple(round(drop * ratio, 2) for drop in recipe["drops"])
+    if chosen.get("schedule") == "plateau":
+        recipe.pop("drops", None)
+    chosen["run"] = locate(chosen.get("run") or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if chosen.get("shards"):
+        chosen["shards"] = locate(chosen["shards"])
+    try:
+        return Config(**{**recipe, **chosen})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def locate(place: str) -> str:
+    """A URL as it is, a path made absolute: processes elsewhere have other working directories."""
+    return place if "://" in place else os.path.abspath(place)
+
+
+def read(file: str) -> dict[str, Any]:
+    try:
+        with fsspec.open(file, "rb") as f:
+            values = tomllib.loads(f.read().decode())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such configuration file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not TOML: {error}") from None
+    known = {f.name: f for f in fields(Config)}
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"{file}: unknown field {name!r}")
+        want = str(known[name].type)
+        if not _fits(value, want):
+            raise UserError(f"{file}: {name} is {value!r}: a value of type {want} is wanted")
+        if isinstance(value, list):
+            values[name] = tuple(value)
+        elif "float" in want and isinstance(value, int):
+            values[name] = float(value)
+    return values
+
+
+def _fits(value: Any, want: str) -> bool:
+    if want.startswith("tuple"):
+        return isinstance(value, list) and all(type(v) in (int, float) for v in value)
+    kinds = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
+    return type(value) in kinds[want.removesuffix(" | None")]

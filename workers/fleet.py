@@ -1,0 +1,260 @@
+"""The augmentation fleet: a Ray Data execution whose blocks are the batches of an itinerary.
+
+A block of its input names one item of the itinerary and one replica, the block of its output is
+that replica's part of the batch: read, decoded, cropped, packed. The plan is pure, so which actor
+makes a block, how many actors there are and which of them die changes nothing in it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+
+from datasets import DataError
+from datasets.augmentation import Augmentation, Batch, Loader
+from datasets.layout import Dataset
+from datasets.plan import Itinerary
+from datasets.statistics import Statistics, Sums, sums_of_groups
+from workers.config import Config
+from workers.placement import Placement
+
+SEGMENT = 2048  # blocks of one execution; Ray Data wants to know all of its input at the start
+READ_AHEAD = 8  # finished batches that wait for the towers
+GROUPS_ROWS = 2048  # rows that a task of `measure` goes through
+RUNNING = 2  # blocks that an augmenter works on or has next
+
+
+@dataclass(frozen=True)
+class Part:
+    """A replica's part of a batch. `place` is its first image's place in the batch; a fault that
+    ends the run stands in `error`, and then there are no images.
+    """
+
+    batch: Batch
+    place: int = 0
+    error: str = ""
+
+
+class Fleet:
+    """Makes batches of the items of `itinerary` by augmenters placed as `where` says."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        itinerary: Itinerary,
+        config: Config,
+        where: Placement,
+        statistics: Statistics,
+    ) -> None:
+        self.dataset, self.itinerary, self.config, self.where = dataset, itinerary, config, where
+        self.replicas = where.mesh.replicas
+        self.crop = config.build(max(2, len(dataset.classes))).crop
+        self.aug = Augmentation(
+            config.image,
+            self.crop,
+            pad=config.pad,
+            mirror=config.mirror,
+            random_crop=config.crops,
+            colour=config.colour,
+        )
+        self.colour = statistics.colour(config.colour_scale)  # type: ignore[arg-type]
+
+    def load(self, index: int, replica: int, loaders: dict[str, Loader]) -> Part:
+        """The part of item `index` that belongs to `replica`; `loaders` keeps those made so far."""
+        item, rows = self.itinerary.item(index), self.itinerary.rows(index)
+        start, end = (len(rows) * r // self.replicas for r in (replica, replica + 1))
+        try:
+            if item.split not in loaders:
+                loaders[item.split] = Loader(
+                    self.dataset,
+                    item.split,
+                    self.aug,
+                    self.colour,
+                    seed=self.config.seed,
+                    on_error=self.config.on_error,  # type: ignore[arg-type]
+                )
+            batch = loaders[item.split].load(rows[start:end], item.epoch, item.training)
+        except DataError as error:
+            return Part(_nothing(self.crop), start, str(error))
+        return Part(batch, start)
+
+    def stream(self, start: int, watch: Watch) -> Iterator[tuple[int, int, ray.ObjectRef[Any]]]:
+        """Item, replica and packed part of each item from `start` on, in order, without end until
+        the itinerary's. Closing the iterator ends the execution behind it.
+        """
+        blocks = [(i, r) for i in range(start, len(self.itinerary)) for r in range(self.replicas)]
+        for first in range(0, len(blocks), SEGMENT):
+            segment = blocks[first : first + SEGMENT]
+            refs = self._execute(segment, watch)
+            for (index, replica), ref in zip(segment, refs, strict=True):
+                yield index, replica, ref
+
+    def _execute(self, blocks: list[tuple[int, int]], watch: Watch) -> Iterator[ray.ObjectRef[Any]]:
+        low, high = self.config.fleet
+        resources = dict(self.where.augmenter)
+        self._set_context(watch, high)
+        tables = [pa.table({"item": [i], "replica": [r]}) for i, r in blocks]
+        parts = ray.data.from_blocks(tables).map_batches(
+            Augmenter,
+            fn_constructor_args=(self,),
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            num_cpus=resources.pop("CPU"),
+            resources=resources or None,
+            compute=ActorPoolStrategy(
+                min_size=low,
+                max_size=high,
+                initial_size=low,
+                max_tasks_in_flight_per_actor=RUNNING,
+            ),
+        )
+        for bundle in parts.iter_internal_ref_bundles():
+            yield from bundle.block_refs
+
+    def _set_context(self, watch: Watch, high: int) -> None:
+        """Ray Data's settings of this process: order kept, memory bounded, silence."""
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        images = -(-self.config.batch // self.replicas)
+        size = images * (self.crop * self.crop * 3 + 32) + 4096
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        context.target_max_block_size = size
+        context.custom_execution_callback_classes = [watch.callback()]
+        options = context.execution_options
+        options.preserve_order = True
+        # What lives, from a task's start until the towers let go of the block.
+        living = self.replicas * READ_AHEAD + high * (RUNNING + 1)
+        options.resource_limits = ExecutionResources.for_limits(object_store_memory=living * size)
+
+
+class Augmenter:
+    """One actor of the fleet."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.loaders: dict[str, Loader] = {}
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        row = block.to_pylist()[0]
+        return pack(self.fleet.load(row["item"], row["replica"], self.loaders))
+
+
+class Watch:
+    """How many augmenters run now, as the execution under way knows it."""
+
+    def __init__(self) -> None:
+        self.executor: Any = None
+
+    def callback(self) -> type:
+        """A class that Ray Data makes an instance of, which tells us of the execution."""
+        from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+        class Started(ExecutionCallback):
+            def before_execution_starts(_, executor: Any) -> None:
+                self.executor = executor
+
+        return Started
+
+    @property
+    def augmenters(self) -> int:
+        """Augmenters that run; 0 before the first execution."""
+        topology = getattr(self.executor, "_topology", None) or ()
+        return sum(op.get_actor_info().running for op in topology)
+
+
+def pack(part: Part) -> pa.Table:
+    """One row that holds a part; the crops are not copied."""
+    batch = part.batch
+    return pa.table(
+        {
+            "crops": _binary(batch.crops),
+            "labels": _binary(batch.labels),
+            "shifts": _binary(batch.shifts),
+            "rows": _binary(batch.rows),
+            "place": [part.place],
+            "skipped": [batch.skipped],
+            "faults": pa.array([batch.faults], pa.list_(pa.string())),
+            "error": [part.error],
+        }
+    )
+
+
+def unpack(table: pa.Table) -> Part:
+    """What `pack` packed, as read-only views of the table's memory."""
+    labels = _array(table, "labels", np.int64)
+    crops = _array(table, "crops", np.uint8)
+    side = round((crops.size / 3 / max(1, len(labels))) ** 0.5)
+    batch = Batch(
+        crops.reshape(len(labels), side, side, 3),
+        labels,
+        _array(table, "shifts", np.float32).reshape(-1, 3),
+        _array(table, "rows", np.int64),
+        table["skipped"][0].as_py(),
+        table["faults"][0].as_py(),
+    )
+    return Part(batch, table["place"][0].as_py(), table["error"][0].as_py())
+
+
+def _binary(values: NDArray[Any]) -> pa.Array:
+    values = np.ascontiguousarray(values)
+    ends = pa.py_buffer(np.array([0, values.nbytes], np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(values)])
+
+
+def _array(table: pa.Table, name: str, dtype: Any) -> NDArray[Any]:
+    return np.frombuffer(table[name][0].as_buffer(), dtype)
+
+
+def _nothing(crop: int) -> Batch:
+    empty = np.zeros(0, np.int64)
+    return Batch(
+        np.zeros((0, crop, crop, 3), np.uint8), empty, np.zeros((0, 3), np.float32), empty, 0, []
+    )
+
+
+def measure(dataset: Dataset, size: int, on_error: str, resources: dict[str, float]) -> Statistics:
+    """Mean image and colours of the training split at `size` pixels, by tasks on the cluster.
+
+    Raises DataError at a bad row unless `on_error` is skip.
+    """
+    groups = dataset.groups("train")
+    extra = dict(resources)
+    task = ray.remote(_sums).options(num_cpus=extra.pop("CPU"), resources=extra or None)
+    shared = ray.put(dataset)
+    waiting = [task.remote(shared, size, part, on_error) for part in _parts(groups)]
+    total = Sums(size)
+    while waiting:
+        done, waiting = ray.wait(waiting)
+        found, error = ray.get(done[0])
+        if error:
+            for ref in waiting:
+                ray.cancel(ref)
+            raise DataError(error)
+        total.merge(found)
+    return total.finish()
+
+
+def _sums(dataset: Dataset, size: int, groups: range, on_error: str) -> tuple[Sums, str]:
+    try:
+        return sums_of_groups(dataset, "train", size, groups, on_error=on_error), ""
+    except DataError as error:
+        return Sums(size), str(error)
+
+
+def _parts(groups: tuple[int, ...]) -> Iterator[range]:
+    """Ranges of row groups that hold about `GROUPS_ROWS` rows each."""
+    first, rows = 0, 0
+    for number, size in enumerate(groups):
+        rows += size
+        if rows >= GROUPS_ROWS or number == len(groups) - 1:
+            yield range(first, number + 1)
+            first, rows = number + 1, 0

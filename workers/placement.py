@@ -1,0 +1,117 @@
+"""What the cluster has, and who sits where: pure decisions about resources, then Ray's group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from pipeline.mesh import Mesh
+from workers.config import Config, UserError
+
+TOWERS, AUGMENT = "towers", "augment"  # custom resources of nodes set aside for either
+SHARE = 0.001  # of such a resource: it says where, its amount means nothing
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a run's processes go.
+
+    `tower` and `augmenter` are the Ray resources of one of each; `threads` is for a tower's torch.
+    """
+
+    mesh: Mesh
+    device: str
+    tower: dict[str, float]
+    augmenter: dict[str, float]
+    threads: int
+
+
+def decide(nodes: Sequence[dict[str, float]], config: Config) -> Placement:
+    """The placement of a run on nodes with these total resources.
+
+    GPUs hold a tower each; without them towers share the CPUs with the augmenters, so that both
+    fit even on two cores. Nodes with the resource `augment` take the augmenters, nodes with
+    `towers` the towers, where there are such. Raises UserError that says what is missing.
+    """
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    towers = config.towers
+    if towers is None:
+        towers = 1 if config.columns == 1 or (device == "cuda" and gpus == 1) else 2
+    mesh = Mesh(config.replicas, 1, towers)
+    if device == "cuda" and gpus < mesh.size:
+        raise UserError(
+            f"not enough devices: {mesh.size} towers need {mesh.size} GPUs, the cluster has {gpus}"
+            "; --towers 1 holds both towers in one process, --device cpu does without GPUs"
+        )
+
+    marked = [node for node in nodes if TOWERS in node]
+    homes = marked or [node for node in nodes if AUGMENT not in node] or list(nodes)
+    if device == "cuda":
+        homes = [node for node in homes if node.get("GPU", 0)]
+    helpers = [node for node in nodes if AUGMENT in node]
+    least = config.fleet[0]
+    apart = bool(helpers) and all(node not in homes for node in helpers)
+    share = _share(homes, mesh.size + (0 if apart else least))
+    help_share = _share(helpers, least) if apart else share
+    if not share or not help_share:
+        have = sum(node.get("CPU", 0) for node in nodes)
+        raise UserError(
+            f"not enough CPUs: {mesh.size} towers and {least} augmenters need at least "
+            f"{(mesh.size + least) * _STEP:g}, the cluster has {have:g}"
+        )
+    tower = {"CPU": share}
+    if device == "cuda":
+        tower["GPU"] = 1
+    if marked:
+        tower[TOWERS] = SHARE
+    augmenter = {"CPU": help_share}
+    if helpers:
+        augmenter[AUGMENT] = SHARE
+    cpus = sum(node.get("CPU", 0) for node in homes) - (0 if apart else least * share)
+    return Placement(mesh, device, tower, augmenter, max(1, int(cpus / mesh.size)))
+
+
+_STEP = 0.05
+
+
+def _share(nodes: Sequence[dict[str, float]], processes: int) -> float:
+    """The most CPU, up to one, that so many processes can each have; 0 if they don't fit."""
+    for twentieths in range(20, 0, -1):
+        share = twentieths * _STEP
+        if sum(int(node.get("CPU", 0) / share + 1e-9) for node in nodes) >= processes:
+            return round(share, 2)
+    return 0.0
+
+
+def cluster_nodes() -> list[dict[str, float]]:
+    """The total resources of each living node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def reserve(placement: Placement, timeout: float = 60.0) -> PlacementGroup:
+    """A bundle for each tower, in the order of ranks, the towers of a pair together if they can be.
+
+    Raises UserError if the cluster does not have them free within `timeout` seconds.
+    """
+    bundles = [placement.tower] * placement.mesh.size
+    group = placement_group(bundles, strategy="PACK", name="towers")
+    if not group.wait(timeout):
+        remove_placement_group(group)
+        free = ray.available_resources()
+        shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in placement.tower)
+        raise UserError(
+            f"the cluster has no room for {placement.mesh.size} towers with "
+            f"{_show(placement.tower)} each: free now are {shown}; end other jobs or add nodes"
+        )
+    return group
+
+
+def _show(resources: dict[str, Any]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())

@@ -1,0 +1,104 @@
+"""What a person sees of a run: a live line on a terminal, plain lines elsewhere; a final table."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+PLAIN_SECONDS = 5.0
+
+
+class Progress:
+    """Writes to `out`, standard error if it is not given."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self.out = out or sys.stderr
+        self.live = self.out.isatty()
+        self.written = 0.0
+        self.total = 0
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._clear()
+        print(text, file=self.out, flush=True)
+
+    def start(self, job: Any, step: int) -> None:
+        """The run begins, or goes on after `step`."""
+        where, itinerary = job.placement, job.itinerary
+        self.total = itinerary.total_steps
+        low, high = job.config.fleet
+        self.say(
+            f"{job.config.network}: {where.mesh.size} tower actor(s) on {where.device} "
+            f"({where.mesh} = replicas x stages x towers, {where.threads} thread(s) each), "
+            f"{low} to {high} augmenters, {self.total} steps"
+            + (f", from step {step}" if step else "")
+        )
+
+    def step(self, report: dict[str, Any]) -> None:
+        """A report of training; a plain line only every few seconds."""
+        now = time.monotonic()
+        if not self.live and now - self.written < PLAIN_SECONDS and report["step"] < self.total:
+            return
+        self.written = now
+        line = (
+            f"step {report['step']}/{self.total}  epoch {report['epoch'] + 1}  "
+            f"loss {report['loss']:.3f}  top-1 error {report['top1_error']:.1%}  "
+            f"{report['images_per_second']:.0f} images/s  "
+            f"waited for data {report['stall_fraction']:.0%}  augmenters {report['augmenters']}"
+        )
+        if self.live:
+            print(f"\r\x1b[K{line}", end="", file=self.out, flush=True)
+        else:
+            print(line, file=self.out, flush=True)
+
+    def evaluation(self, report: dict[str, Any]) -> None:
+        """A line for an evaluation."""
+        self.say(
+            f"epoch {report['epoch'] + 1} evaluated on {report['images']} images: "
+            f"loss {report['loss']:.3f}  top-1 error {report['top1_error']:.1%}  "
+            f"top-5 error {report['top5_error']:.1%}"
+        )
+
+    def _clear(self) -> None:
+        if self.live:
+            print("\r\x1b[K", end="", file=self.out)
+
+
+def table(rows: list[tuple[str, ...]], heads: tuple[str, ...] = ()) -> str:
+    """Columns as wide as they need to be; numbers, in all but the first, to the right."""
+    lines = ([heads] if heads else []) + rows
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    shown = [
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    if heads:
+        shown.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(shown)
+
+
+def result_table(result: dict[str, Any]) -> str:
+    """The result of a run for a person."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2%}"
+
+    loss = result["loss"]
+    return table(
+        [
+            ("run", result["run"]),
+            ("steps", f"{result['steps']} ({result['epochs']:g} epochs)"),
+            ("loss", "-" if loss is None else f"{loss:.4f}"),
+            ("top-1 error", percent(result["top1_error"])),
+            ("top-5 error", percent(result["top5_error"])),
+            ("images a second", f"{result['images_per_second']:.0f}"),
+            ("waited for data", percent(result["stall_fraction"])),
+            ("restarts", str(result["restarts"])),
+            ("mesh", f"{result['mesh']} (replicas x stages x towers)"),
+            ("weights sha256", result["weights_sha256"]),
+        ]
+    )

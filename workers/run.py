@@ -1,0 +1,96 @@
+"""The run folder: configuration, metrics, events and checkpoints, at a path or an fsspec URL."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from typing import Any
+
+import fsspec
+
+from workers.config import Config, UserError
+
+COMPLETE = ".metadata"  # `torch.distributed.checkpoint` writes it last
+CONFIG, METRICS, EVENTS = "config.toml", "metrics.jsonl", "events.jsonl"
+
+
+class RunFolder:
+    """Opens or creates a run's folder.
+
+    Files are written locally, and for a URL copied there by `publish`. Raises UserError if the
+    folder holds a run and `resume` is not said, or the other way round, or cannot be written.
+    """
+
+    def __init__(self, config: Config, *, resume: bool) -> None:
+        self.url = config.run
+        self.fs, self.path = fsspec.core.url_to_fs(self.url)
+        self.remote = "://" in self.url
+        exists = self.fs.exists(f"{self.path}/{CONFIG}")
+        if exists and not resume:
+            raise UserError(f"{config.run} already holds a run: --resume it, or name another")
+        if resume and not exists:
+            raise UserError(f"{config.run} holds no run to resume: {CONFIG} is not there")
+        try:
+            self.fs.makedirs(self.path, exist_ok=True)
+            self.local = tempfile.mkdtemp(prefix="towers-run-") if self.remote else self.path
+            if self.remote and resume:
+                self.fs.get(f"{self.path}/*.jsonl", self.local + "/")
+            with open(f"{self.local}/{CONFIG}", "w") as f:
+                f.write(config.to_toml())
+            self.publish()
+        except OSError as error:
+            raise UserError(f"{config.run} cannot be written: {error}") from None
+        from tensorboard.summary import Writer
+
+        self._board = Writer(f"{self.local}/tensorboard")
+
+    def metrics(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, and its numbers for TensorBoard."""
+        self._append(METRICS, line)
+        tag = line["split"]
+        for name, value in line.items():
+            if isinstance(value, float):
+                self._board.add_scalar(f"{tag}/{name}", value, line["step"])
+
+    def event(self, kind: str, **values: Any) -> None:
+        """A line of events.jsonl: a start, a restart, a warning, the end."""
+        self._append(EVENTS, {"event": kind, **values})
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with open(f"{self.local}/{name}", "a") as f:
+            f.write(json.dumps({"time": round(time.time(), 3), **line}) + "\n")
+
+    def publish(self) -> None:
+        """Copies what was written so far to the run's URL, if it has one."""
+        if self.remote:
+            self.fs.put(self.local.rstrip("/") + "/", self.path, recursive=True)
+
+    def close(self) -> None:
+        self._board.close()
+        self.publish()
+
+    def checkpoint(self, step: int) -> str:
+        """The folder or URL of the checkpoint of a step."""
+        return f"{self.url}/checkpoints/step-{step:08d}"
+
+    def checkpoints(self) -> list[int]:
+        """The steps of the complete checkpoints, in order."""
+        return checkpoints(self.url)
+
+    def prune(self, keep: int, best: int | None) -> None:
+        """Removes all but the newest `keep` checkpoints and the best one."""
+        for step in self.checkpoints()[:-keep]:
+            if step != best:
+                self.fs.rm(self._inside(self.checkpoint(step)), recursive=True)
+
+    def _inside(self, url: str) -> str:
+        return self.path + url[len(self.url) :]
+
+
+def checkpoints(run: str) -> list[int]:
+    """The steps of a run's complete checkpoints, in order."""
+    fs, path = fsspec.core.url_to_fs(run)
+    fs.invalidate_cache()
+    found = fs.glob(f"{path}/checkpoints/step-*/{COMPLETE}")
+    return sorted(int(name.split("/")[-2].removeprefix("step-")) for name in found)

@@ -1,0 +1,285 @@
+"""A run from its configuration to its result: create the processes, watch them, re-create them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import fsspec
+import numpy as np
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from datasets import DataError
+from datasets.drawn import write_drawn
+from datasets.plan import Itinerary
+from datasets.shards import Dataset, open_dataset
+from datasets.statistics import Statistics
+from workers import placement
+from workers.cluster import connected
+from workers.config import Config, UserError
+from workers.errors import RunFailed
+from workers.feed import Feed
+from workers.fleet import Fleet, measure
+from workers.placement import Placement
+from workers.progress import Progress
+from workers.run import RunFolder
+from workers.towers import Job, TowerActor
+
+
+def train(
+    config: Config, *, resume: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Trains as configured and returns the result: the keys of `towers train --json`.
+
+    Starts Ray on this machine unless a cluster is at hand. Raises UserError or `DataError` for what
+    the user can mend, RunFailed for a run that could not go on.
+    """
+    progress = progress or Progress()
+    if config.shards:
+        dataset = open_dataset(config.shards)  # before anything is made or started
+    folder = RunFolder(config, resume=resume)
+    with connected():
+        where = placement.decide(placement.cluster_nodes(), config)
+        config = replace(config, towers=where.mesh.towers)
+        if not config.shards:
+            dataset = _drawn(folder, progress)
+        statistics = _statistics(dataset, config, folder, where, progress)
+        job = _job(config, where, dataset, statistics, folder)
+        fleet = Fleet(dataset, job.itinerary, config, where, statistics)
+        try:
+            return _Run(job, fleet, folder, progress).result()
+        finally:
+            folder.close()
+
+
+def _drawn(folder: RunFolder, progress: Progress) -> Dataset:
+    """The built-in data set beside the run, so that all nodes that see the one see the other."""
+    url = f"{folder.url}/shards"
+    if not folder.fs.exists(f"{folder.path}/shards/dataset.json"):
+        progress.say("drawing the built-in data set")
+        write_drawn(url)
+    return open_dataset(url)
+
+
+def _statistics(
+    dataset: Dataset, config: Config, folder: RunFolder, where: Placement, progress: Progress
+) -> Statistics:
+    """Those of the shards if they were made for this image size, else measured and kept."""
+    kept = f"{folder.url}/statistics.npz"
+    for url in (f"{dataset.root.rstrip('/')}/statistics.npz", kept):
+        fs, path = fsspec.core.url_to_fs(url)
+        if fs.exists(path):
+            statistics = Statistics.load(url)
+            if statistics.mean_image.shape[0] == config.image:
+                return statistics
+    progress.say(f"measuring mean and colours of {dataset.rows('train')} images")
+    statistics = measure(dataset, config.image, config.on_error, where.augmenter)
+    statistics.save(kept)
+    return statistics
+
+
+def _job(
+    config: Config,
+    where: Placement,
+    dataset: Dataset,
+    statistics: Statistics,
+    folder: RunFolder,
+) -> Job:
+    if "train" not in dataset.splits:
+        raise UserError(f"{dataset.root} has no train split: it has {', '.join(dataset.splits)}")
+    held_out = dataset.held_out
+    itinerary = Itinerary(
+        dataset.groups("train"),
+        (held_out, dataset.groups(held_out)) if held_out else None,
+        batch=config.batch,
+        seed=config.seed,
+        epochs=config.epochs,
+        steps=config.steps,
+    )
+    crop = config.build(len(dataset.classes)).crop
+    margin = (config.image - crop) // 2
+    mean = statistics.mean_image[margin : margin + crop, margin : margin + crop]
+    mean = np.ascontiguousarray(mean, np.float32)
+    return Job(config, where, itinerary, len(dataset.classes), mean, folder.url)
+
+
+class _Run:
+    """One run's attempts; `result` goes through them."""
+
+    def __init__(self, job: Job, fleet: Fleet, folder: RunFolder, progress: Progress) -> None:
+        self.job, self.fleet, self.folder, self.progress = job, fleet, folder, progress
+        self.restarts = 0
+        self.evaluations: list[dict[str, Any]] = []
+        self.last: dict[str, Any] = {}
+        self.images = self.seconds = self.stalled = 0.0
+        self.actors: list[Any] = []
+
+    def result(self) -> dict[str, Any]:
+        while True:
+            group = placement.reserve(self.job.placement)
+            try:
+                return self._attempt(group)
+            except ray.exceptions.RayError as error:
+                self._judge(error)
+                self.restarts += 1
+            finally:
+                for actor in self.actors:
+                    ray.kill(actor)
+                self.actors = []
+                ray.util.remove_placement_group(group)
+
+    def _judge(self, error: ray.exceptions.RayError) -> None:
+        """Returns if another attempt is due; raises what ends the run otherwise."""
+        cause: BaseException | None = error
+        while isinstance(cause, ray.exceptions.RayTaskError):
+            cause = cause.cause
+        kept = self.folder.checkpoints()
+        state = f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint"
+        if isinstance(cause, DataError):
+            raise cause from None
+        lost = self._lost()
+        if not lost:
+            kind = type(cause).__name__
+            text = str(cause).strip().splitlines()
+            raise RunFailed(f"{kind}: {text[0] if text else 'no message'}; {state}") from error
+        self.folder.event("lost", processes=lost, restarts=self.restarts)
+        if self.restarts >= self.job.config.restarts:
+            raise RunFailed(f"{', '.join(lost)} died, once too often; {state}: --resume") from None
+        self.progress.say(f"{', '.join(lost)} died: going on from the start of {state}")
+
+    def _lost(self) -> list[str]:
+        """Names of the actors that are dead, given a moment for the news to arrive."""
+        deadline = time.monotonic() + 5
+        lost: list[str] = []
+        while not lost and time.monotonic() < deadline:
+            for name, actor in zip(self._names(), self.actors, strict=False):
+                try:
+                    ray.get(actor.__ray_ready__.remote(), timeout=0.5)
+                except ray.exceptions.GetTimeoutError:
+                    continue  # busy, and so alive
+                except ray.exceptions.RayActorError:
+                    lost.append(name)
+        return lost
+
+    def _names(self) -> list[str]:
+        return ["the feed", *(f"tower rank {r}" for r in range(self.job.placement.mesh.size))]
+
+    def _attempt(self, group: Any) -> dict[str, Any]:
+        """Creates feed and towers, trains from the last checkpoint to the end."""
+        kept = self.folder.checkpoints()
+        resume = self.folder.checkpoint(kept[-1]) if kept else None
+        mesh, itinerary = self.job.placement.mesh, self.job.itinerary
+        seats = [
+            PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+            for rank in range(mesh.size)
+        ]
+        # Beside the first tower, so that the feed does not go with a node that only augments.
+        feed = (
+            ray.remote(Feed)
+            .options(num_cpus=0, max_concurrency=mesh.size + 4, scheduling_strategy=seats[0])
+            .remote(self.fleet)
+        )
+        self.actors = [feed]
+        towers = []
+        for rank, strategy in enumerate(seats):
+            resources = dict(self.job.placement.tower)
+            actor = (
+                ray.remote(TowerActor)
+                .options(
+                    num_cpus=resources.pop("CPU"),
+                    num_gpus=resources.pop("GPU", 0),
+                    resources=resources,
+                    scheduling_strategy=strategy,
+                )
+                .remote(self.job, rank)
+            )
+            towers.append(actor)
+        self.actors += towers
+        start = _start(itinerary, self.folder, resume)
+        opened = feed.open.remote(start)  # the fleet starts while the towers build their weights
+        address = ray.get(towers[0].address.remote())
+        found = ray.get([tower.join.remote(address, resume) for tower in towers])[0]
+        ray.get(opened)
+        self.evaluations = list(found["evaluations"])
+        self.folder.event(
+            "start", step=found["step"], mesh=str(mesh), device=self.job.placement.device
+        )
+        self.progress.start(self.job, found["step"])
+        for report in _reports(towers, feed, start):
+            self._take(report, feed)
+        steps = self.folder.checkpoints()
+        if not steps:
+            raise RunFailed("the run ended without a checkpoint")
+        last = steps[-1]
+        sha = ray.get(towers[0].weights_sha256.remote(self.folder.checkpoint(last)))
+        return self._summary(last, sha)
+
+    def _take(self, report: dict[str, Any], feed: Any) -> None:
+        """Acts on one report of a tower."""
+        kind = report.pop("kind")
+        if kind == "train":
+            seconds = report["seconds"]
+            self.seconds += seconds
+            self.images += report["images_per_second"] * seconds
+            self.stalled += report["stall_fraction"] * seconds
+            report["augmenters"] = ray.get(feed.state.remote())["augmenters"]
+            self.last = report
+            self.folder.metrics({"split": "train", **report})
+            self.progress.step(report)
+        elif kind == "evaluation":
+            self.evaluations.append(report)
+            self.folder.metrics({"split": self.job.itinerary.held_out, **report})
+            self.progress.evaluation(report)
+        elif kind == "checkpoint":
+            best = min(self.evaluations, key=lambda e: e["top1_error"], default={}).get("step")
+            self.folder.event("checkpoint", **report)
+            self.folder.prune(self.job.config.keep, best)
+            self.folder.publish()
+        elif kind == "skipped":
+            self.folder.event("skipped", **report)
+            for fault in report["faults"]:
+                self.progress.say(f"skipped: {fault}")
+
+    def _summary(self, step: int, sha: str) -> dict[str, Any]:
+        best = self.evaluations[-1] if self.evaluations else self.last
+        result = {
+            "run": self.folder.url,
+            "steps": step,
+            "epochs": round(step / self.job.itinerary.steps_per_epoch, 3),
+            "loss": best.get("loss"),
+            "top1_error": best.get("top1_error"),
+            "top5_error": best.get("top5_error"),
+            "images_per_second": self.images / self.seconds if self.seconds else 0.0,
+            "stall_fraction": self.stalled / self.seconds if self.seconds else 0.0,
+            "weights_sha256": sha,
+            "restarts": self.restarts,
+            "mesh": str(self.job.placement.mesh),
+        }
+        self.folder.event("end", **result)
+        return result
+
+
+def _start(itinerary: Itinerary, folder: RunFolder, resume: str | None) -> int:
+    """The item to go on with after a checkpoint: read from its progress without its tensors."""
+    if not resume:
+        return 0
+    from pipeline.checkpoint import read_progress
+
+    progress = read_progress(resume)
+    evaluated = any(e["step"] == progress["step"] for e in progress["evaluations"])
+    return itinerary.after(progress["step"], evaluated)
+
+
+def _reports(towers: list[Any], feed: Any, start: int) -> Iterator[dict[str, Any]]:
+    """What the towers yield, as it comes, until all have ended; raises what one of them raised."""
+    streams = [tower.train.options(num_returns="streaming").remote(feed, start) for tower in towers]
+    while streams:
+        ready, _ = ray.wait(streams, num_returns=1, timeout=5)
+        for stream in ready:
+            try:
+                yield ray.get(next(stream))
+            except StopIteration:
+                streams.remove(stream)

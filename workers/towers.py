@@ -1,0 +1,224 @@
+"""The tower actors: each holds one rank of the mesh and goes through the run's items."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+
+from datasets.plan import Itinerary
+from pipeline import checkpoint, host
+from pipeline.crossing import Pair
+from pipeline.optimizer import SGD
+from pipeline.tower import Tower
+from pipeline.training import NotANumber, Totals, Trainer
+from workers.config import Config
+from workers.feed import Stream
+from workers.placement import Placement
+
+REPORT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank of a run needs to know.
+
+    `mean` float32 [crop, crop, 3]; `folder` is the run's path or URL.
+    """
+
+    config: Config
+    placement: Placement
+    itinerary: Itinerary
+    classes: int
+    mean: np.ndarray[Any, Any]
+    folder: str
+
+
+class TowerActor:
+    """One rank, as a Ray actor. `address`, then `join` on every rank, then `train`."""
+
+    def __init__(self, job: Job, rank: int) -> None:
+        host.prepare(job.placement.threads)
+        self.job, self.rank = job, rank
+
+    def address(self) -> str:
+        """Where the ranks meet, if this one is the first: its node's address and a free port."""
+        ip = ray.util.get_node_ip_address()
+        with socket.socket() as s:
+            s.bind((ip, 0))
+            return f"tcp://{ip}:{s.getsockname()[1]}"
+
+    def join(self, address: str, resume: str | None) -> dict[str, Any]:
+        """Builds this rank's share, at the weights of checkpoint `resume` or at the start.
+
+        Returns the progress that the checkpoint holds.
+        """
+        config, placement = self.job.config, self.job.placement
+        device = torch.device("cuda", 0) if placement.device == "cuda" else torch.device("cpu")
+        if placement.mesh.size > 1:
+            _use_interface(ray.util.get_node_ip_address())
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                init_method=address,
+                rank=self.rank,
+                world_size=placement.mesh.size,
+            )
+        self.mesh = placement.mesh.groups(device.type)
+        self.replica, _, tower = placement.mesh.place(self.rank)
+        towers = placement.mesh.towers
+        self.pair = Pair(self.mesh.get_group("tower")) if self.mesh and towers == 2 else None
+        network = config.build(self.job.classes)
+        self.tower = Tower(
+            network,
+            seed=config.seed,
+            towers=towers,
+            tower=tower,
+            compute=getattr(torch, config.precision),
+        ).to(device)
+        self.optimizer = SGD(
+            self.tower.weights(),
+            rate=config.rate,
+            momentum=config.momentum,
+            decay=config.decay,
+            bias_rate=config.bias_rate,
+            decay_bias=config.decay_bias,
+        )
+        self.trainer = Trainer(
+            self.tower,
+            self.optimizer,
+            torch.from_numpy(self.job.mean),
+            seed=config.seed,
+            scale=config.scale,
+            pair=self.pair,
+            replicas=self.mesh.get_group("replica") if self.mesh else None,
+            microbatches=config.microbatches,
+        )
+        self.progress: dict[str, Any] = {"step": 0, "skipped": 0, "evaluations": []}
+        if resume:
+            self.progress = checkpoint.load(resume, self.tower, self.optimizer, self.mesh)
+        return self.progress
+
+    def train(self, feed: Any, start: int) -> Iterator[dict[str, Any]]:
+        """Goes through the items from `start` on; rank 0 yields a report now and then.
+
+        Raises NotANumber, `LabelsDiffer`, `DataError`; whatever else ends a collective.
+        """
+        config, itinerary = self.job.config, self.job.itinerary
+        schedule, evaluations = config.rates(), self.progress["evaluations"]
+        stream = Stream(feed, self.replica, start, len(itinerary))
+        meter, totals, evaluated = _Meter(self.pair, stream), Totals(), Totals()
+        for index in range(start, len(itinerary)):
+            item = itinerary.item(index)
+            images = stream.next()
+            if stream.skipped:
+                self.progress["skipped"] += stream.skipped
+                if self.rank % self.job.placement.mesh.towers == 0:
+                    yield {"kind": "skipped", "count": stream.skipped, "faults": stream.faults}
+            if item.training:
+                epoch = (item.step - 1) / itinerary.steps_per_epoch
+                errors = [e["top1_error"] for e in evaluations]
+                rate = schedule.at(item.step - 1, epoch, errors)
+                self.optimizer.set_rate(rate)
+                try:
+                    part = self.trainer.step(images, item.step)
+                except NotANumber as error:
+                    raise NotANumber(f"{error}, epoch {item.epoch}, batch {item.batch}") from None
+                self.progress["step"] = item.step
+                totals += part
+                meter.images += part.images
+                if self.rank == 0 and (item.last or meter.due()):
+                    yield {
+                        "kind": "train",
+                        "step": item.step,
+                        "epoch": item.epoch,
+                        **totals.means(),
+                        "rate": rate,
+                        **meter.read(),
+                    }
+                    totals = Totals()
+            else:
+                part = self.trainer.evaluate(images)
+                evaluated = part if item.batch == 0 else evaluated + part
+                if item.last:
+                    line = {"step": item.step, "epoch": item.epoch, "images": evaluated.images}
+                    evaluations.append({**line, **evaluated.means()})
+                    if self.rank == 0:
+                        yield {"kind": "evaluation", **evaluations[-1]}
+                meter.read()
+            if self._due(item, itinerary):
+                path = f"{self.job.folder}/checkpoints/step-{item.step:08d}"
+                checkpoint.save(path, self.tower, self.optimizer, self.progress, self.mesh)
+                if self.rank == 0:
+                    yield {"kind": "checkpoint", "step": item.step, "path": path}
+                meter.read()
+
+    def _due(self, item: Any, itinerary: Itinerary) -> bool:
+        """Whether a checkpoint is due after an item: at the end of an epoch and its evaluation,
+        and after so many steps."""
+        every = self.job.config.checkpoint_every
+        if item.last:
+            return not item.training or itinerary.held_out is None
+        return bool(item.training and every and item.step % every == 0)
+
+    def weights_sha256(self, path: str) -> str:
+        """Of the whole network's weights in a checkpoint."""
+        return checkpoint.weights_sha256(path)
+
+    def pid(self) -> int:
+        """Of this actor's process."""
+        import os
+
+        return os.getpid()
+
+
+class _Meter:
+    """What happened since the last reading."""
+
+    def __init__(self, pair: Pair | None, stream: Stream) -> None:
+        self.pair, self.stream, self.images = pair, stream, 0
+        self.start, self.stalled, self.exchanged = self._now()
+
+    def _now(self) -> tuple[float, float, float]:
+        """The time, and the seconds waited so far for data and for the other tower."""
+        return time.perf_counter(), self.stream.waited, self.pair.waited if self.pair else 0.0
+
+    def due(self) -> bool:
+        return time.perf_counter() - self.start >= REPORT_SECONDS
+
+    def read(self) -> dict[str, float]:
+        """images_per_second, and the fractions of time waited for data and for the other tower."""
+        now, stalled, exchanged = self._now()
+        seconds = now - self.start
+        line = {
+            "images_per_second": self.images / seconds,
+            "stall_fraction": (stalled - self.stalled) / seconds,
+            "exchange_fraction": (exchanged - self.exchanged) / seconds,
+            "seconds": seconds,
+        }
+        self.start, self.stalled, self.exchanged, self.images = now, stalled, exchanged, 0
+        return line
+
+
+def _use_interface(ip: str) -> None:
+    """Has gloo and NCCL talk over the interface with this address, not the host name's."""
+    import fcntl
+    import os
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                reply = fcntl.ioctl(s.fileno(), 0x8915, request)  # SIOCGIFADDR
+            except OSError:
+                continue
+            if socket.inet_ntoa(reply[20:24]) == ip:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
