@@ -21,7 +21,7 @@ from datasets.statistics import Sums
 SIZE = 72
 """Side of the images in pixels."""
 
-BRIGHTER = 0.7
+BRIGHTER = 0.9
 """Share of images whose shape is brighter than the background."""
 
 Array = NDArray[np.float64]

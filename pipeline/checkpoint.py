@@ -30,7 +30,11 @@ def save(
 
     `progress`: what JSON can hold, such as the position in the data.
     """
-    state = {**_tensors(tower, optimizer, mesh), "progress": json.dumps(progress)}
+    state = {
+        **_tensors(tower, optimizer, mesh),
+        "rate": optimizer.rate,  # momentum is kept in units of it
+        "progress": json.dumps(progress),
+    }
     writer = FsspecWriter(path) if "://" in path else dcp.FileSystemWriter(path)
     dcp.save(state, storage_writer=writer, no_dist=mesh is None)
 
@@ -41,8 +45,9 @@ def load(path: str, tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> di
     Raises ValueError, naming a parameter, if it is of another network.
     """
     _check(path, tower.network)
-    state = {**_tensors(tower, optimizer, mesh), "progress": ""}
+    state = {**_tensors(tower, optimizer, mesh), "rate": 0.0, "progress": ""}
     dcp.load(state, storage_reader=_reader(path), no_dist=mesh is None)
+    optimizer.restore_rate(state["rate"])
     progress: dict[str, Any] = json.loads(state["progress"])
     return progress
 

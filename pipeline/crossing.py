@@ -56,9 +56,11 @@ class Swap:
     """An exchange under way; `wait` ends it and returns the other tower's tensor."""
 
     def __init__(self, pair: Pair, x: Tensor) -> None:
-        self._pair, self._sent = pair, _dense(x)
+        # Channels-last elements lie as a contiguous [n, h, w, maps]: sent without a copy.
+        self._channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        self._pair = pair
+        self._sent = x.permute(0, 2, 3, 1) if self._channels_last else x.contiguous()
         self._received = torch.empty_like(self._sent)
-        self._channels_last = self._sent is not x
         other = 1 - pair.tower
         ops = [
             dist.P2POp(dist.isend, self._sent, group=pair.group, group_peer=other),
@@ -73,13 +75,6 @@ class Swap:
             work.wait()
         self._pair.waited += time.perf_counter() - start
         return self._received.permute(0, 3, 1, 2) if self._channels_last else self._received
-
-
-def _dense(x: Tensor) -> Tensor:
-    """The same elements as a contiguous tensor, without a copy for channels-last ones."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1)
-    return x.contiguous()
 
 
 def cross_linear(x: Tensor, weight: Tensor, bias: Tensor, pair: Pair) -> Tensor:

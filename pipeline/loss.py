@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.crossing import Pair
+from pipeline.randomness import mix
 
 
 class LabelsDiffer(RuntimeError):
@@ -74,5 +75,6 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _checksum(labels: Tensor) -> Tensor:
     """[1], under 2^24, so that float32 holds it exactly; it depends on the order."""
-    place = torch.arange(1, len(labels) + 1, device=labels.device)
-    return ((labels + 1) * place * 40503).sum(0, keepdim=True) % (1 << 24)
+    # Hashed, because a plain weighted sum is the same for 2, 0 and 0, 1, say.
+    place = torch.arange(len(labels), dtype=torch.int32, device=labels.device)
+    return mix(mix(labels.to(torch.int32)) + place).sum(0, keepdim=True) & 0xFFFFFF

@@ -90,6 +90,8 @@ class Network:
         for before, layer in pairwise(self.layers):
             if before.kind == "full" and layer.kind == "conv":
                 raise ValueError(f"{layer.name}: a convolution cannot follow a full layer")
+        if self.layers[0].crosses:
+            raise ValueError(f"{names[0]}: the first layer has nothing to cross but the image")
         for layer in self.layers[:-1]:
             if layer.maps % self.columns:
                 raise ValueError(f"{layer.name}: {layer.maps} maps in {self.columns} columns")

@@ -33,9 +33,11 @@ class SGD(torch.optim.SGD):
             group(".bias", bias_rate, decay if decay_bias else 0.0),
         ]
         super().__init__(groups, lr=rate, momentum=momentum, fused=True)
+        self.rate = rate
 
     def set_rate(self, rate: float) -> None:
         """The rate of the next steps; velocities keep their values."""
+        self.rate = rate
         for group in self.param_groups:
             new = rate * group["factor"]
             if new == group["lr"]:
@@ -45,6 +47,12 @@ class SGD(torch.optim.SGD):
                 if buffer is not None:
                     buffer.mul_(group["lr"] / new)
             group["lr"] = new
+
+    def restore_rate(self, rate: float) -> None:
+        """The rate that buffers loaded from elsewhere belong to; they stay as they are."""
+        self.rate = rate
+        for group in self.param_groups:
+            group["lr"] = rate * group["factor"]
 
     def momenta(self) -> dict[nn.Parameter, torch.Tensor]:
         """The buffer of each parameter, zeros where it has not been stepped yet."""

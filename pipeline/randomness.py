@@ -32,12 +32,12 @@ def keep_mask(rows: Tensor, start: int, units: int, width: int, drop: float, dra
     unit = torch.arange(start, start + units, device=rows.device)
     counter = (rows[:, None] * width + unit).to(torch.int32)
     low, high = draw & 0x7FFFFFFF, (draw >> 31) & 0x7FFFFFFF
-    bits = _mix(_mix(counter ^ low) + high)
+    bits = mix(mix(counter ^ low) + high)
     # 24 bits of the hash are plenty for a rate, and compare exactly.
     return ((bits >> 8) & 0xFFFFFF) >= round(drop * 2**24)
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix(x: Tensor) -> Tensor:
     """The finaliser `lowbias32` of Chris Wellons' hash prospector, in wrapping int32."""
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * 0x7FEB352D

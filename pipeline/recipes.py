@@ -126,10 +126,10 @@ def alexnet_mini() -> dict[str, Any]:
         "network": "alexnet-mini",
         "image": 72,
         "scale": 1 / 64,
-        "epochs": 12,
-        "rate": 0.02,
+        "epochs": 8,
+        "rate": 0.01,
         "schedule": "steps",
-        "drops": (9.0, 11.0),
+        "drops": (6.5,),
         "warmup": 40,
     }
 
@@ -141,10 +141,10 @@ def cifar() -> dict[str, Any]:
         "image": 32,
         "scale": 1 / 64,
         "pad": 4,
-        "epochs": 12,
+        "epochs": 8,
         "rate": 0.01,
         "schedule": "steps",
-        "drops": (9.0, 11.0),
+        "drops": (6.0, 7.5),
         "decay": 1e-3,
         "warmup": 100,
     }

@@ -23,7 +23,7 @@ def connected() -> Iterator[None]:
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=None)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     except ConnectionError as error:
         address = os.environ.get("RAY_ADDRESS", "")
         raise UserError(f"no Ray cluster answers at {address}: {error}") from None

@@ -39,12 +39,13 @@ class Config(Recipe):
     augmenters: str = setting("1:8", "Fewest and most actors of the augmentation fleet, MIN:MAX.")
     on_error: str = setting("fail", "What becomes of an image that is bad.", ("fail", "skip"))
     checkpoint_every: int | None = setting(None, "Steps between checkpoints inside an epoch.")
+    log_every: int | None = setting(None, "Steps between reports; one a second if unset.")
     keep: int = setting(3, "Checkpoints that are kept.")
     restarts: int = setting(3, "Times that a run goes on after a process was lost.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "checkpoint_every"):
+        for name in ("steps", "checkpoint_every", "log_every"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
         self._at_least("keep", 1)
@@ -100,8 +101,17 @@ def configure(given: dict[str, Any], file: str | None = None) -> Config:
 
 
 def locate(place: str) -> str:
-    """A URL as it is, a path made absolute: processes elsewhere have other working directories."""
-    return place if "://" in place else os.path.abspath(place)
+    """A URL as it is, a path made absolute: processes elsewhere have other working directories.
+
+    Raises UserError for a relative path in a job, where the working directory is a copy that goes.
+    """
+    if "://" in place:
+        return place
+    if not os.path.isabs(place) and "/runtime_resources/working_dir_files/" in os.getcwd():
+        raise UserError(
+            f"{place}: a job's working directory does not last; name an absolute path or a URL"
+        )
+    return os.path.abspath(place)
 
 
 def read(file: str) -> dict[str, Any]:

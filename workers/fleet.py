@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,14 @@ RUNNING = 2  # blocks that an augmenter works on or has next
 @dataclass(frozen=True)
 class Part:
     """A replica's part of a batch. `place` is its first image's place in the batch; a fault that
-    ends the run stands in `error`, and then there are no images.
+    ends the run stands in `error`, and then there are no images; `node` is the Ray node it was made
+    on.
     """
 
     batch: Batch
     place: int = 0
     error: str = ""
+    node: str = ""
 
 
 class Fleet:
@@ -142,10 +144,12 @@ class Augmenter:
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
         self.loaders: dict[str, Loader] = {}
+        self.node = ray.get_runtime_context().get_node_id()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         row = block.to_pylist()[0]
-        return pack(self.fleet.load(row["item"], row["replica"], self.loaders))
+        part = self.fleet.load(row["item"], row["replica"], self.loaders)
+        return pack(replace(part, node=self.node))
 
 
 class Watch:
@@ -165,10 +169,14 @@ class Watch:
         return Started
 
     @property
+    def operators(self) -> list[Any]:
+        """Ray Data's physical operators; none before the first execution."""
+        return list(getattr(self.executor, "_topology", None) or ())
+
+    @property
     def augmenters(self) -> int:
-        """Augmenters that run; 0 before the first execution."""
-        topology = getattr(self.executor, "_topology", None) or ()
-        return sum(op.get_actor_info().running for op in topology)
+        """Augmenters that run."""
+        return sum(op.get_actor_info().running for op in self.operators)
 
 
 def pack(part: Part) -> pa.Table:
@@ -184,6 +192,7 @@ def pack(part: Part) -> pa.Table:
             "skipped": [batch.skipped],
             "faults": pa.array([batch.faults], pa.list_(pa.string())),
             "error": [part.error],
+            "node": [part.node],
         }
     )
 
@@ -201,7 +210,8 @@ def unpack(table: pa.Table) -> Part:
         table["skipped"][0].as_py(),
         table["faults"][0].as_py(),
     )
-    return Part(batch, table["place"][0].as_py(), table["error"][0].as_py())
+    place, error, node = (table[name][0].as_py() for name in ("place", "error", "node"))
+    return Part(batch, place, error, node)
 
 
 def _binary(values: NDArray[Any]) -> pa.Array:

@@ -95,20 +95,34 @@ def cluster_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def reserve(placement: Placement, timeout: float = 60.0) -> PlacementGroup:
+PATIENCE = 60.0  # seconds that a cluster may take to make room
+
+
+def reserve(placement: Placement) -> PlacementGroup:
     """A bundle for each tower, in the order of ranks, the towers of a pair together if they can be.
 
-    Raises UserError if the cluster does not have them free within `timeout` seconds.
+    Raises UserError if the cluster does not make room for them and one augmenter in a minute.
     """
     bundles = [placement.tower] * placement.mesh.size
-    group = placement_group(bundles, strategy="PACK", name="towers")
-    if not group.wait(timeout):
+    towers = _group(bundles, f"{placement.mesh.size} towers")
+    # Ray Data would wait for an augmenter's place for ever, so it is tried before.
+    try:
+        remove_placement_group(_group([placement.augmenter], "an augmenter"))
+    except UserError:
+        remove_placement_group(towers)
+        raise
+    return towers
+
+
+def _group(bundles: list[dict[str, float]], what: str) -> PlacementGroup:
+    group = placement_group(bundles, strategy="PACK")
+    if not group.wait(PATIENCE):
         remove_placement_group(group)
         free = ray.available_resources()
-        shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in placement.tower)
+        shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in bundles[0])
         raise UserError(
-            f"the cluster has no room for {placement.mesh.size} towers with "
-            f"{_show(placement.tower)} each: free now are {shown}; end other jobs or add nodes"
+            f"the cluster has no room for {what} with {_show(bundles[0])} each: "
+            f"free now are {shown}; end other jobs or add nodes"
         )
     return group
 

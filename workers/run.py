@@ -8,7 +8,9 @@ import time
 from typing import Any
 
 import fsspec
+import ray
 
+from datasets import DataError
 from workers.config import Config, UserError
 
 COMPLETE = ".metadata"  # `torch.distributed.checkpoint` writes it last
@@ -86,6 +88,16 @@ class RunFolder:
 
     def _inside(self, url: str) -> str:
         return self.path + url[len(self.url) :]
+
+
+def check_visible(run: str) -> None:
+    """Raises DataError if this node does not see the run's folder that the driver made."""
+    fs, path = fsspec.core.url_to_fs(run)
+    if not fs.exists(f"{path}/{CONFIG}"):
+        raise DataError(
+            f"{run} is not there on {ray.util.get_node_ip_address()}: on a cluster a run needs "
+            "a folder that all nodes share, or a URL such as s3://bucket/run"
+        )
 
 
 def checkpoints(run: str) -> list[int]:

@@ -148,7 +148,8 @@ class _Run:
         self.folder.event("lost", processes=lost, restarts=self.restarts)
         if self.restarts >= self.job.config.restarts:
             raise RunFailed(f"{', '.join(lost)} died, once too often; {state}: --resume") from None
-        self.progress.say(f"{', '.join(lost)} died: going on from the start of {state}")
+        where = f"step {kept[-1]}, the last checkpoint" if kept else "the start"
+        self.progress.say(f"{', '.join(lost)} died: going on from {where}")
 
     def _lost(self) -> list[str]:
         """Names of the actors that are dead, given a moment for the news to arrive."""

@@ -23,6 +23,7 @@ from pipeline.training import NotANumber, Totals, Trainer
 from workers.config import Config
 from workers.feed import Stream
 from workers.placement import Placement
+from workers.run import check_visible
 
 REPORT_SECONDS = 1.0
 
@@ -59,9 +60,11 @@ class TowerActor:
     def join(self, address: str, resume: str | None) -> dict[str, Any]:
         """Builds this rank's share, at the weights of checkpoint `resume` or at the start.
 
-        Returns the progress that the checkpoint holds.
+        Returns the progress that the checkpoint holds. Raises DataError if this node does not see
+        the run's folder.
         """
         config, placement = self.job.config, self.job.placement
+        check_visible(self.job.folder)
         device = torch.device("cuda", 0) if placement.device == "cuda" else torch.device("cpu")
         if placement.mesh.size > 1:
             _use_interface(ray.util.get_node_ip_address())
@@ -134,7 +137,7 @@ class TowerActor:
                 self.progress["step"] = item.step
                 totals += part
                 meter.images += part.images
-                if self.rank == 0 and (item.last or meter.due()):
+                if self.rank == 0 and (item.last or meter.due(item.step, config.log_every)):
                     yield {
                         "kind": "train",
                         "step": item.step,
@@ -172,12 +175,6 @@ class TowerActor:
         """Of the whole network's weights in a checkpoint."""
         return checkpoint.weights_sha256(path)
 
-    def pid(self) -> int:
-        """Of this actor's process."""
-        import os
-
-        return os.getpid()
-
 
 class _Meter:
     """What happened since the last reading."""
@@ -190,8 +187,9 @@ class _Meter:
         """The time, and the seconds waited so far for data and for the other tower."""
         return time.perf_counter(), self.stream.waited, self.pair.waited if self.pair else 0.0
 
-    def due(self) -> bool:
-        return time.perf_counter() - self.start >= REPORT_SECONDS
+    def due(self, step: int, every: int | None) -> bool:
+        """Whether to report after a step: every so many, or once a second."""
+        return step % every == 0 if every else time.perf_counter() - self.start >= REPORT_SECONDS
 
     def read(self) -> dict[str, float]:
         """images_per_second, and the fractions of time waited for data and for the other tower."""

@@ -1,0 +1,43 @@
+"""Imports run one way: workers use pipeline and datasets, these neither Ray nor each other."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FORBIDDEN = {"pipeline": {"ray", "workers", "datasets"}, "datasets": {"ray", "workers", "pipeline"}}
+
+
+def imported(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_imports_run_one_way(folder: str) -> None:
+    files = list((ROOT / folder).glob("*.py"))
+    assert files
+    for file in files:
+        assert not imported(file) & FORBIDDEN[folder], file.name
+
+
+def test_pipeline_imports_where_there_is_torch_alone() -> None:
+    names = [f"pipeline.{file.stem}" for file in (ROOT / "pipeline").glob("[a-z]*.py")]
+    code = "import sys\n" + "".join(f"sys.modules[{n!r}] = None\n" for n in ("ray", "pyarrow"))
+    code += f"import {', '.join(names)}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_command_line_starts_without_torch_and_ray() -> None:
+    code = "import sys, workers.cli\nassert not {'torch', 'ray', 'pyarrow'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,87 @@
+"""The command line: help, JSON, and each mistake of a user's one clear line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from workers.cli import main
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "describe"):
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0
+        assert f"example: towers {command}" in capsys.readouterr().out
+
+
+def test_describe_counts_the_papers_network(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["describe", "--network", "alexnet", "--json"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert result["parameters"] == 60_965_224
+    assert result["parameters_per_device"] * 2 == 60_965_224
+    assert 0.71e9 < result["macs"] < 0.73e9
+    sent = {layer["name"]: layer["sent"] for layer in result["layers"]}
+    assert sent["conv3"] == 128 * 128 * 13 * 13 * 4
+    assert [name for name, count in sent.items() if count] == ["conv3", "fc6", "fc7", "fc8"]
+    for layer in ("conv1", "fc8", "60,965,224"):
+        assert layer in out
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    """Files that hold no images, or none that can be trained on."""
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "text.parquet")
+    rows = pa.array([{"bytes": b"x", "path": "x"}], image)
+    pq.write_table(pa.table({"image": rows, "text": ["a"]}), tmp_path / "unlabelled.parquet")
+    pq.write_table(pa.table({"image": rows, "label": [0]}), tmp_path / "whole.parquet")
+    whole = (tmp_path / "whole.parquet").read_bytes()
+    (tmp_path / "truncated.parquet").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nowhere"], "nowhere: no such file or folder"),
+        (["empty"], "no Parquet files there; `towers prepare` makes them of images"),
+        (["text.parquet"], "no column of encoded images"),
+        (["unlabelled.parquet"], "no column of integer labels"),
+        (["truncated.parquet"], "truncated.parquet: not readable as Parquet"),
+        (["whole.parquet", "--network", "lenet"], "network is 'lenet': one of alexnet, "),
+        (["whole.parquet", "--batch", "100", "--microbatches", "3"], "a multiple of 3"),
+        (["whole.parquet", "--config", "none.toml"], "none.toml: no such configuration file"),
+        (["--resume"], "--resume needs --run RUN"),
+        (["--resume", "--run", "nothing"], "nothing/config.toml: no such configuration file"),
+        (["gs+nothing://x/y"], "gs+nothing://x/y: Protocol not known"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(
+    options: list[str],
+    message: str,
+    parquet: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(parquet)
+    assert main(["train", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("towers: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (parquet / "runs").exists()
+
+
+def test_an_unknown_option_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--netwrok", "alexnet"])
+    assert end.value.code == 2
+    assert "--netwrok" in capsys.readouterr().err

@@ -1,0 +1,97 @@
+"""Configurations: recipes under files under options, and every mistake in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pipeline.recipes import RECIPES
+from workers.config import Config, UserError, configure
+
+
+def test_options_stand_over_the_file_and_the_file_over_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('network = "cifar"\nbatch = 64\nrate = 1\n')
+    config = configure({"run": "r", "batch": 32}, str(file))
+    recipe = RECIPES["cifar"]()
+    assert (config.network, config.batch, config.rate) == ("cifar", 32, 1.0)
+    assert config.drops == recipe["drops"]
+
+
+@pytest.mark.parametrize("network", RECIPES)
+def test_what_is_written_is_read_back(network: str, tmp_path: Path) -> None:
+    config = configure({"network": network, "run": str(tmp_path), "shards": "s3://bucket/x"})
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml())
+    assert configure({}, str(file)) == config
+
+
+def test_a_run_without_shards_is_the_mini_network_and_with_them_the_papers() -> None:
+    assert configure({}).network == "alexnet-mini"
+    assert configure({"shards": "x"}).network == "alexnet"
+
+
+def test_a_shorter_run_keeps_the_shape_of_its_schedule() -> None:
+    recipe = RECIPES["alexnet-mini"]()
+    half = configure({"epochs": recipe["epochs"] // 2})
+    assert half.drops == tuple(drop / 2 for drop in recipe["drops"])
+
+
+def test_every_field_has_a_sentence() -> None:
+    for field in dataclasses.fields(Config):
+        assert field.metadata["help"].endswith("."), field.name
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"network": "resnet"}, "network is 'resnet': one of alexnet, alexnet-2012, "),
+        ({"batch": 0}, "batch is 0: at least 1"),
+        ({"batch": 100, "replicas": 3}, "100 does not divide over 3 replicas x 1 micro-batches"),
+        ({"batch": 100, "microbatches": 8}, "take a multiple of 8"),
+        ({"towers": 3}, "towers is 3: one of None, 1, 2"),
+        ({"towers": 2, "columns": 1}, "a network of 1 column is held by 1 process"),
+        ({"augmenters": "4:2"}, "augmenters is '4:2': 1 <= MIN <= MAX"),
+        ({"augmenters": "many"}, "augmenters is 'many': MIN:MAX, such as 1:8"),
+        ({"rate": -1.0}, "rate is -1.0: more than 0"),
+        ({"rate": float("nan")}, "rate is nan: more than 0"),
+        ({"image": 60}, "image is 60: at least the crop of 64 pixels"),
+        ({"network": "alexnet", "drops": (3.0,)}, "only schedule 'steps' has drops"),
+        ({"pad": 4, "crops": False}, "pad is 4: it has no effect without crops"),
+        ({"on_error": "ignore"}, "on_error is 'ignore': one of fail, skip"),
+    ],
+)
+def test_values_that_cannot_be(given: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        configure(given)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batchsize = 3", "unknown field 'batchsize'"),
+        ('batch = "3"', "batch is '3': a value of type int is wanted"),
+        ("batch = true", "batch is True: a value of type int is wanted"),
+        ("batch = ", "not TOML"),
+    ],
+)
+def test_files_that_cannot_be(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        configure({}, str(file))
+
+
+def test_in_a_job_a_relative_path_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "pkg"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(UserError, match="runs/one: a job's working directory does not last"):
+        configure({"run": "runs/one"})
+    assert configure({"run": "s3://bucket/one"}).run == "s3://bucket/one"

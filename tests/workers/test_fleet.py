@@ -1,0 +1,173 @@
+"""Law 2: a batch is the same whatever the fleet, and law 5: no row is lost, none comes twice."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from datasets.augmentation import Batch
+from datasets.plan import Itinerary
+from datasets.shards import open_dataset
+from datasets.statistics import Statistics
+from workers.config import configure
+from workers.fleet import Fleet, Part, Watch, measure, pack, unpack
+from workers.placement import Placement, cluster_nodes, decide
+
+NAMES = ("crops", "labels", "shifts", "rows")
+
+
+def fleet(shards: str, where: Placement | None = None, **given: object) -> Fleet:
+    given = {"network": "alexnet-mini", "epochs": 2, "batch": 16, **given}
+    config = configure({"shards": shards, "run": "r", **given})
+    dataset = open_dataset(shards)
+    itinerary = Itinerary(
+        dataset.groups("train"),
+        ("val", dataset.groups("val")),
+        batch=config.batch,
+        seed=config.seed,
+        epochs=config.epochs,
+    )
+    statistics = Statistics.load(f"{shards}/statistics.npz")
+    return Fleet(dataset, itinerary, config, where or decide([{"CPU": 4}], config), statistics)
+
+
+def digest(part: Part) -> str:
+    arrays = b"".join(getattr(part.batch, name).tobytes() for name in NAMES)
+    return hashlib.sha256(arrays + str(part.place).encode()).hexdigest()
+
+
+def stream(made: Fleet, start: int = 0) -> Iterator[tuple[int, int, Part]]:
+    for index, replica, ref in made.stream(start, Watch()):
+        yield index, replica, unpack(ray.get(ref))
+
+
+def digests(made: Fleet, start: int = 0) -> dict[tuple[int, int], str]:
+    return {(index, replica): digest(part) for index, replica, part in stream(made, start)}
+
+
+@pytest.fixture(scope="module")
+def alone(shards: str) -> dict[tuple[int, int], str]:
+    """What the plan says, made in this process without Ray."""
+    made = fleet(shards)
+    loaders: dict = {}
+    items = range(len(made.itinerary))
+    return {(i, 0): digest(made.load(i, 0, loaders)) for i in items}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_fleets_of_any_size_make_the_same_batches(
+    size: int, shards: str, alone: dict[tuple[int, int], str], cluster: None
+) -> None:
+    assert digests(fleet(shards, augmenters=f"{size}:{size}")) == alone
+
+
+def test_a_stream_starts_anywhere(
+    shards: str, alone: dict[tuple[int, int], str], cluster: None
+) -> None:
+    assert digests(fleet(shards), 13) == {key: d for key, d in alone.items() if key[0] >= 13}
+
+
+def test_every_row_comes_once_an_epoch_and_once_an_evaluation(shards: str, cluster: None) -> None:
+    made = fleet(shards)
+    seen: dict[tuple[str, int], list[int]] = {}
+    for index, _, part in stream(made):
+        item = made.itinerary.item(index)
+        seen.setdefault((item.split, item.epoch), []).extend(part.batch.rows.tolist())
+    for (split, _), rows in seen.items():
+        assert sorted(rows) == list(range(made.dataset.rows(split)))
+    assert set(seen) == {("train", 0), ("val", 0), ("train", 1), ("val", 1)}
+
+
+def test_replicas_get_the_parts_of_the_same_batch(shards: str, cluster: None) -> None:
+    whole = {i: part.batch for i, _, part in stream(fleet(shards, epochs=1))}
+    nodes = [{"CPU": 8.0}]
+    config = configure({"run": "r", "replicas": 2, "batch": 16})
+    parts = list(stream(fleet(shards, decide(nodes, config), epochs=1, replicas=2)))
+    assert len(parts) == 2 * len(whole)
+    for first, second in zip(parts[::2], parts[1::2], strict=True):
+        both = [first[2].batch, second[2].batch]
+        assert (first[:2], second[:2]) == ((first[0], 0), (first[0], 1))
+        assert second[2].place == len(both[0].labels)
+        for name in NAMES:
+            joined = np.concatenate([getattr(part, name) for part in both])
+            assert joined.tobytes() == getattr(whole[first[0]], name).tobytes()
+
+
+def test_a_killed_augmenter_changes_nothing(
+    shards: str,
+    alone: dict[tuple[int, int], str],
+    cluster: None,
+    processes: Callable[[str], list[int]],
+) -> None:
+    found, killed = {}, 0
+    for index, replica, part in stream(fleet(shards, augmenters="2:2")):
+        found[index, replica] = digest(part)
+        if index in (2, 9):
+            for pid in processes("ray::MapWorker")[:1]:
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+    assert killed == 2
+    assert found == alone
+
+
+def test_slow_towers_stop_the_fleet(shards: str, cluster: None) -> None:
+    """What is made ahead is bounded however long nobody takes it."""
+    made = fleet(shards, epochs=200)
+    refs = made.stream(0, watch := Watch())
+    first = next(refs)
+    counts = [0]
+    while len(counts) < 4 or counts[-1] > counts[-4]:
+        time.sleep(1)
+        counts.append(sum(op.metrics.num_outputs_of_finished_tasks or 0 for op in watch.operators))
+    assert first[:2] == (0, 0)
+    assert 1 < counts[-1] < 64  # of 2,800
+    refs.close()
+
+
+def test_packing_keeps_all() -> None:
+    batch = Batch(
+        np.arange(2 * 3 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3, 3),
+        np.array([4, 5]),
+        np.ones((2, 3), np.float32),
+        np.array([7, 8]),
+        1,
+        ["a row is bad"],
+    )
+    part = unpack(pack(Part(batch, 9, "", "node")))
+    for name in NAMES:
+        assert getattr(part.batch, name).tolist() == getattr(batch, name).tolist()
+    assert (part.batch.skipped, part.batch.faults) == (1, ["a row is bad"])
+    assert (part.place, part.error, part.node) == (9, "", "node")
+
+
+def test_statistics_are_the_same_by_many_workers(shards: str, cluster: None) -> None:
+    found = measure(open_dataset(shards), 72, "fail", {"CPU": 0.5})
+    want = fleet(shards).dataset.rows("train")
+    assert found.images == want
+    again = measure(open_dataset(shards), 72, "fail", {"CPU": 1})
+    for name in ("mean_image", "rgb_mean", "covariance", "eigenvectors"):
+        assert getattr(found, name).tobytes() == getattr(again, name).tobytes()
+
+
+def test_augmenters_run_on_the_nodes_set_aside_for_them(
+    shards: str, alone: dict[tuple[int, int], str]
+) -> None:
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        helper = nodes.add_node(num_cpus=2, resources={"augment": 1})
+        ray.init(address=nodes.address, log_to_driver=False)
+        made = fleet(shards, decide(cluster_nodes(), configure({"run": "r"})))
+        parts = {(index, replica): part for index, replica, part in stream(made)}
+        assert {part.node for part in parts.values()} == {helper.node_id}
+        assert {key: digest(part) for key, part in parts.items()} == alone
+    finally:
+        ray.shutdown()
+        nodes.shutdown()

@@ -1,0 +1,110 @@
+"""A job on a cluster that runs already: `ray start`, a node of augmenters, `ray job submit`."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """What a user's shell has: the project's programs first, and the cluster's token."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    path = f"{BIN}:{os.environ['PATH']}"
+    return kept | {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@pytest.fixture
+def dashboard(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
+    """A head and a node that takes augmenters, started as a user starts them."""
+    gcs, http = free_port(), free_port()
+    head = ("--head", f"--port={gcs}", f"--dashboard-port={http}", "--include-dashboard=true")
+    node = (f"--address=127.0.0.1:{gcs}", "--resources", '{"augment": 1}')
+    started = []
+
+    def start(name: str, *options: str) -> None:
+        with (tmp_path / name).open("w") as log:
+            command = [f"{BIN}/ray", "start", "--block", "--num-cpus=2", *options]
+            started.append(
+                subprocess.Popen(
+                    command, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
+            )
+
+    url = f"http://127.0.0.1:{http}"
+    try:
+        start("head.log", *head)
+        _wait(url, environment["RAY_AUTH_TOKEN"], lambda nodes: nodes >= 1)
+        start("node.log", *node)
+        _wait(url, environment["RAY_AUTH_TOKEN"], lambda nodes: nodes >= 2)
+        yield url
+    finally:
+        for process in reversed(started):
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait(url: str, token: str, enough) -> None:  # type: ignore[no-untyped-def]
+    request = urllib.request.Request(
+        f"{url}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"}
+    )
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                if enough(len(json.load(answer)["data"]["summary"])):
+                    return
+        except (urllib.error.URLError, OSError, KeyError):
+            pass
+        assert time.monotonic() < deadline, "the cluster did not come up"
+        time.sleep(0.5)
+
+
+def test_a_submitted_job_trains(
+    dashboard: str, environment: dict[str, str], shards: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ["--network", "alexnet-mini", "--batch", "64", "--epochs", "1", "--run", str(run)]
+    done = subprocess.run(
+        [
+            *(f"{BIN}/ray", "job", "submit", "--address", dashboard, "--working-dir", "."),
+            *("--", "towers", "train", shards, *options, "--json"),
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "top-1 error" in done.stdout
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events] == ["start", "checkpoint", "end"]
+    assert events[-1]["weights_sha256"] in done.stdout
+    assert (run / "checkpoints" / "step-00000003" / ".metadata").exists()
+    # Two nodes of two cores, one of them set aside: the towers have the other for themselves.
+    assert "1 thread(s) each" in done.stdout

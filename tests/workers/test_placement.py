@@ -1,0 +1,68 @@
+"""Who sits where: decided from the nodes' resources alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from workers.config import Config, UserError, configure
+from workers.placement import decide
+
+Node = dict[str, float]
+
+
+def config(**given: object) -> Config:
+    return configure({"run": "r", **given})
+
+
+def test_two_cores_hold_two_towers_and_an_augmenter() -> None:
+    where = decide([{"CPU": 2}], config())
+    assert (where.mesh.size, where.device, where.threads) == (2, "cpu", 1)
+    assert 2 * where.tower["CPU"] + where.augmenter["CPU"] <= 2
+
+
+@pytest.mark.parametrize("cpus", [1, 3, 4, 7, 64])
+@pytest.mark.parametrize("least", [1, 2, 5])
+def test_what_is_decided_fits(cpus: int, least: int) -> None:
+    where = decide([{"CPU": cpus}], config(augmenters=f"{least}:8"))
+    assert 2 * where.tower["CPU"] + least * where.augmenter["CPU"] <= cpus + 1e-9
+    assert where.threads >= 1
+
+
+def test_gpus_hold_a_tower_each() -> None:
+    where = decide([{"CPU": 8, "GPU": 2}], config())
+    assert (where.device, where.mesh.towers, where.tower["GPU"]) == ("cuda", 2, 1)
+
+
+def test_one_gpu_holds_both_towers_in_one_process() -> None:
+    where = decide([{"CPU": 8, "GPU": 1}], config())
+    assert (where.device, where.mesh.size) == ("cuda", 1)
+
+
+def test_augmenters_go_to_nodes_set_aside_for_them() -> None:
+    nodes: list[Node] = [{"CPU": 2}, {"CPU": 16, "augment": 1}]
+    where = decide(nodes, config())
+    assert "augment" in where.augmenter
+    assert "augment" not in where.tower
+    assert where.tower["CPU"] == 1
+
+
+def test_towers_go_to_nodes_set_aside_for_them() -> None:
+    nodes: list[Node] = [{"CPU": 0}, {"CPU": 8, "towers": 1}, {"CPU": 4, "augment": 1}]
+    where = decide(nodes, config())
+    assert "towers" in where.tower
+    assert where.threads == 4
+
+
+@pytest.mark.parametrize(
+    ("nodes", "given", "message"),
+    [
+        ([{"CPU": 4, "GPU": 1}], {"towers": 2}, "2 towers need 2 GPUs, the cluster has 1"),
+        ([{"CPU": 4}], {"device": "cuda"}, "2 towers need 2 GPUs, the cluster has 0"),
+        ([{"CPU": 4, "GPU": 2}], {"replicas": 2}, "4 towers need 4 GPUs, the cluster has 2"),
+        ([{"CPU": 0}], {}, "2 towers and 1 augmenters need at least 0.15, the cluster has 0"),
+        ([{"CPU": 1}], {"augmenters": "30:30"}, "not enough CPUs: 2 towers and 30 augmenters"),
+    ],
+)
+def test_what_is_missing_is_said(nodes: list[Node], given: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        decide(nodes, config(**given))

@@ -1,0 +1,171 @@
+"""The main job on real actors: two towers equal one, killed ones come back, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from datasets import DataError
+from datasets.drawn import draw
+from datasets.images import encode
+from datasets.shards import write_manifest, write_split
+from pipeline.checkpoint import load_weights
+from workers.config import UserError, configure
+from workers.errors import RunFailed
+from workers.progress import Progress
+from workers.run import checkpoints
+from workers.supervisor import train
+
+pytestmark = pytest.mark.usefixtures("cluster")
+SMALL = {"network": "alexnet-mini", "batch": 64, "epochs": 2, "augmenters": "1:2"}
+
+
+def run(folder: Path, shards: str, progress: Progress | None = None, **given: Any) -> dict:
+    resume = given.pop("resume", False)
+    config = configure({**SMALL, "shards": shards, "run": str(folder), **given})
+    return train(config, resume=resume, progress=progress)
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return folder, run(folder, shards)
+
+
+def test_a_run_and_its_folder(undisturbed: tuple[Path, dict]) -> None:
+    folder, result = undisturbed
+    assert set(result) == {
+        *("run", "steps", "epochs", "loss", "top1_error", "top5_error", "images_per_second"),
+        *("stall_fraction", "weights_sha256", "restarts", "mesh"),
+    }
+    assert (result["steps"], result["epochs"], result["mesh"]) == (6, 2, "1x1x2")
+    assert 0 <= result["top5_error"] <= result["top1_error"] <= 1
+    metrics = lines(folder, "metrics.jsonl")
+    assert [m["images"] for m in metrics if m["split"] == "val"] == [50, 50]
+    assert max(m["step"] for m in metrics if m["split"] == "train") == 6
+    assert lines(folder, "events.jsonl")[-1]["weights_sha256"] == result["weights_sha256"]
+    assert checkpoints(str(folder)) == [3, 6]
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert load_weights(f"{folder}/checkpoints/step-00000006")["fc8.weight"].shape == (10, 1024)
+
+
+def test_its_configuration_runs_again_to_the_same_weights(
+    undisturbed: tuple[Path, dict], tmp_path: Path
+) -> None:
+    folder, result = undisturbed
+    again = configure({"run": str(tmp_path / "again")}, f"{folder}/config.toml")
+    assert train(again)["weights_sha256"] == result["weights_sha256"]
+
+
+def test_one_process_learns_what_two_towers_learn(
+    undisturbed: tuple[Path, dict], shards: str, tmp_path: Path
+) -> None:
+    folder, result = undisturbed
+    one = run(tmp_path / "one", shards, towers=1)
+    assert one["mesh"] == "1x1x1"
+    assert one["loss"] == pytest.approx(result["loss"], rel=1e-4)
+    two = load_weights(f"{folder}/checkpoints/step-00000006")
+    for name, weight in load_weights(f"{tmp_path}/one/checkpoints/step-00000006").items():
+        assert (weight - two[name]).abs().max() < 1e-5, name
+
+
+class Killer(Progress):
+    """Kills a process of each kind once a report of its step has come."""
+
+    def __init__(self, when: dict[int, str], find: Callable[[str], list[int]]) -> None:
+        super().__init__()
+        self.when, self.find = dict(when), find
+
+    def step(self, report: dict[str, Any]) -> None:
+        super().step(report)
+        for step in [s for s in self.when if s <= report["step"]]:
+            os.kill(self.find(self.when.pop(step))[0], signal.SIGKILL)
+
+
+def test_killed_towers_and_feed_come_back_to_the_same_weights(
+    undisturbed: tuple[Path, dict],
+    shards: str,
+    tmp_path: Path,
+    processes: Callable[[str], list[int]],
+) -> None:
+    killer = Killer({3: "ray::TowerActor", 5: "ray::Feed"}, processes)
+    result = run(tmp_path / "run", shards, killer, checkpoint_every=1, keep=9, log_every=1)
+    assert not killer.when
+    assert result["restarts"] == 2
+    assert result["weights_sha256"] == undisturbed[1]["weights_sha256"]
+    lost = [e["processes"] for e in lines(tmp_path / "run", "events.jsonl") if e["event"] == "lost"]
+    assert len(lost) == 2
+    assert lost[0][0].startswith("tower rank")
+
+
+def test_a_run_out_of_restarts_fails_and_is_resumed(
+    undisturbed: tuple[Path, dict],
+    shards: str,
+    tmp_path: Path,
+    processes: Callable[[str], list[int]],
+) -> None:
+    killer = Killer({4: "ray::TowerActor"}, processes)
+    with pytest.raises(RunFailed, match=r"died, once too often; the last checkpoint is of step \d"):
+        run(tmp_path / "run", shards, killer, restarts=0, log_every=1)
+    result = train(configure({}, f"{tmp_path}/run/config.toml"), resume=True)
+    assert result["weights_sha256"] == undisturbed[1]["weights_sha256"]
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(
+    undisturbed: tuple[Path, dict], shards: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"already holds a run: --resume it, or name another"):
+        run(undisturbed[0], shards)
+    with pytest.raises(UserError, match=r"holds no run to resume"):
+        run(tmp_path / "nothing", shards, resume=True)
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> str:
+    records = [(encode(draw(0, "train", i)[0]), f"{i}", i % 10) for i in range(100)]
+    records[70] = (b"no image", "70", 0)
+    names = [str(i) for i in range(10)]
+    shards = write_split(f"{tmp_path}/shards", "train", records, names)
+    write_manifest(f"{tmp_path}/shards", {"train": shards}, names)
+    return f"{tmp_path}/shards"
+
+
+def test_a_bad_image_is_named(damaged: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"of-00001.parquet row 70: the image \(8 bytes"):
+        run(tmp_path / "run", damaged, epochs=1)
+
+
+def test_bad_images_are_skipped_and_counted(damaged: str, tmp_path: Path) -> None:
+    run(tmp_path / "run", damaged, epochs=1, on_error="skip")
+    skipped = [e for e in lines(tmp_path / "run", "events.jsonl") if e["event"] == "skipped"]
+    assert [e["count"] for e in skipped] == [1]
+    assert "row 70" in skipped[0]["faults"][0]
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_at_its_batch(shards: str, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"NotANumber: the loss is (nan|inf) at step \d+, epoch"):
+        run(tmp_path / "run", shards, rate=1e6, warmup=0)
+
+
+def test_a_full_cluster_is_said_not_waited_for(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.placement.PATIENCE", 2.0)
+    other = ray.util.placement_group([{"CPU": 3}])
+    ray.get(other.ready())
+    try:
+        with pytest.raises(UserError, match="the cluster has no room for 2 towers with 1 CPU each"):
+            run(tmp_path / "run", shards)
+    finally:
+        ray.util.remove_placement_group(other)
