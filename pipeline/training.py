@@ -24,13 +24,13 @@ class Images:
     """One replica's images of a global batch, on any device.
 
     `crops` uint8 [n, crop, crop, 3], `labels` int64 [n], `shifts` float32 [n, 3] in grey levels to
-    add to each pixel, `place` the first image's place in the global batch.
+    add to each pixel, `places` int64 [n] the place of each in the global batch, in order if unset.
     """
 
     crops: Tensor
     labels: Tensor
     shifts: Tensor
-    place: int = 0
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         count = int(self._over_replicas(torch.tensor([len(images.labels)], device=self.device)))
         totals = torch.zeros(4, dtype=torch.float64, device=self.device)
-        rows = torch.arange(images.place, images.place + len(images.labels), device=self.device)
-        for part in rows.chunk(self.microbatches) if len(rows) else ():
-            start = int(part[0]) - images.place
-            end = start + len(part)
+        places = torch.arange(len(images.labels)) if images.places is None else images.places
+        end = 0
+        for part in places.to(self.device).chunk(self.microbatches) if len(places) else ():
+            start, end = end, end + len(part)
             loss, sums = self._forward(images, start, end, Dropout(self.seed, step, part))
             (loss / count).backward()
             totals += sums

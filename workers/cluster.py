@@ -22,6 +22,8 @@ def connected() -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # When a tower dies its peers fail too; one line says so, not a traceback of each.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
     except ConnectionError as error:

@@ -97,8 +97,8 @@ class Stream:
             raise DataError(part.error)
         batch = part.batch
         self.skipped, self.faults = batch.skipped, batch.faults
-        crops, labels, shifts = map(torch.from_numpy, (batch.crops, batch.labels, batch.shifts))
-        return Images(crops, labels, shifts, part.place)
+        arrays = (batch.crops, batch.labels, batch.shifts, part.places)
+        return Images(*map(torch.from_numpy, arrays))
 
     def _fetch(self, feed: Any, replica: int, start: int, stop: int) -> None:
         try:

@@ -34,13 +34,14 @@ RUNNING = 2  # blocks that an augmenter works on or has next
 
 @dataclass(frozen=True)
 class Part:
-    """A replica's part of a batch. `place` is its first image's place in the batch; a fault that
-    ends the run stands in `error`, and then there are no images; `node` is the Ray node it was made
-    on.
+    """A replica's part of a batch.
+
+    `places` int64 [n]: each image's place in the global batch. A fault that ends the run stands in
+    `error`, and then there are no images. `node` is the Ray node it was made on.
     """
 
     batch: Batch
-    place: int = 0
+    places: NDArray[np.int64]
     error: str = ""
     node: str = ""
 
@@ -85,8 +86,9 @@ class Fleet:
                 )
             batch = loaders[item.split].load(rows[start:end], item.epoch, item.training)
         except DataError as error:
-            return Part(_nothing(self.crop), start, str(error))
-        return Part(batch, start)
+            return _fault(self.crop, str(error))
+        # Rows of a batch are distinct; those that were skipped leave their places empty.
+        return Part(batch, start + np.flatnonzero(np.isin(rows[start:end], batch.rows)))
 
     def stream(self, start: int, watch: Watch) -> Iterator[tuple[int, int, ray.ObjectRef[Any]]]:
         """Item, replica and packed part of each item from `start` on, in order, without end until
@@ -188,7 +190,7 @@ def pack(part: Part) -> pa.Table:
             "labels": _binary(batch.labels),
             "shifts": _binary(batch.shifts),
             "rows": _binary(batch.rows),
-            "place": [part.place],
+            "places": _binary(part.places),
             "skipped": [batch.skipped],
             "faults": pa.array([batch.faults], pa.list_(pa.string())),
             "error": [part.error],
@@ -210,8 +212,8 @@ def unpack(table: pa.Table) -> Part:
         table["skipped"][0].as_py(),
         table["faults"][0].as_py(),
     )
-    place, error, node = (table[name][0].as_py() for name in ("place", "error", "node"))
-    return Part(batch, place, error, node)
+    error, node = (table[name][0].as_py() for name in ("error", "node"))
+    return Part(batch, _array(table, "places", np.int64), error, node)
 
 
 def _binary(values: NDArray[Any]) -> pa.Array:
@@ -224,11 +226,9 @@ def _array(table: pa.Table, name: str, dtype: Any) -> NDArray[Any]:
     return np.frombuffer(table[name][0].as_buffer(), dtype)
 
 
-def _nothing(crop: int) -> Batch:
-    empty = np.zeros(0, np.int64)
-    return Batch(
-        np.zeros((0, crop, crop, 3), np.uint8), empty, np.zeros((0, 3), np.float32), empty, 0, []
-    )
+def _fault(crop: int, error: str) -> Part:
+    none, crops = np.zeros(0, np.int64), np.zeros((0, crop, crop, 3), np.uint8)
+    return Part(Batch(crops, none, np.zeros((0, 3), np.float32), none, 0, []), none, error)
 
 
 def measure(dataset: Dataset, size: int, on_error: str, resources: dict[str, float]) -> Statistics:

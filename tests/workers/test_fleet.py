@@ -41,7 +41,7 @@ def fleet(shards: str, where: Placement | None = None, **given: object) -> Fleet
 
 def digest(part: Part) -> str:
     arrays = b"".join(getattr(part.batch, name).tobytes() for name in NAMES)
-    return hashlib.sha256(arrays + str(part.place).encode()).hexdigest()
+    return hashlib.sha256(arrays + part.places.tobytes()).hexdigest()
 
 
 def stream(made: Fleet, start: int = 0) -> Iterator[tuple[int, int, Part]]:
@@ -95,7 +95,8 @@ def test_replicas_get_the_parts_of_the_same_batch(shards: str, cluster: None) ->
     for first, second in zip(parts[::2], parts[1::2], strict=True):
         both = [first[2].batch, second[2].batch]
         assert (first[:2], second[:2]) == ((first[0], 0), (first[0], 1))
-        assert second[2].place == len(both[0].labels)
+        places = np.concatenate([first[2].places, second[2].places])
+        assert places.tolist() == list(range(len(places)))
         for name in NAMES:
             joined = np.concatenate([getattr(part, name) for part in both])
             assert joined.tobytes() == getattr(whole[first[0]], name).tobytes()
@@ -141,11 +142,11 @@ def test_packing_keeps_all() -> None:
         1,
         ["a row is bad"],
     )
-    part = unpack(pack(Part(batch, 9, "", "node")))
+    part = unpack(pack(Part(batch, np.array([9, 11]), "", "node")))
     for name in NAMES:
         assert getattr(part.batch, name).tolist() == getattr(batch, name).tolist()
     assert (part.batch.skipped, part.batch.faults) == (1, ["a row is bad"])
-    assert (part.place, part.error, part.node) == (9, "", "node")
+    assert (part.places.tolist(), part.error, part.node) == ([9, 11], "", "node")
 
 
 def test_statistics_are_the_same_by_many_workers(shards: str, cluster: None) -> None:
@@ -160,6 +161,7 @@ def test_statistics_are_the_same_by_many_workers(shards: str, cluster: None) -> 
 def test_augmenters_run_on_the_nodes_set_aside_for_them(
     shards: str, alone: dict[tuple[int, int], str]
 ) -> None:
+    ray.shutdown()  # the cluster of the other tests here
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
         helper = nodes.add_node(num_cpus=2, resources={"augment": 1})

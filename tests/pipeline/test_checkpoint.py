@@ -1,0 +1,173 @@
+"""A checkpoint of one mesh loads on every other, exactly (law 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from ranks import ALONE, TOWERS, Ranks, batch, devices, joined, make_trainer
+from torch import Tensor
+
+from pipeline import checkpoint
+from pipeline.mesh import Mesh
+from pipeline.network import Network, build
+from pipeline.training import Trainer
+
+NETWORK = build("cifar", 11)  # an odd number of classes: 6 in one tower, 5 in the other
+PROGRESS = {"epoch": 3, "batch": 17, "errors": [0.5, 0.25], "name": "é"}
+State = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def state(trainer: Trainer) -> dict[str, Tensor]:
+    """Weights and momenta, copied."""
+    weights, momenta = trainer.tower.weights(), trainer.optimizer.momenta()
+    found = {name: p.detach().clone() for name, p in weights.items()}
+    return found | {f"v {name}": momenta[p].clone() for name, p in weights.items()}
+
+
+def write(network: Network, path: str, mesh: Mesh, steps: int = 2) -> dict[str, Tensor]:
+    trainer = make_trainer(network, mesh, dtype=torch.float32)
+    for step in range(steps):
+        trainer.step(batch(network, 4, step), step)
+    checkpoint.save(path, trainer.tower, trainer.optimizer, PROGRESS, devices(mesh))
+    return state(trainer)
+
+
+def read(network: Network, path: str, mesh: Mesh) -> State:
+    """Progress and state, into a trainer that has other weights and momenta of its own."""
+    trainer = make_trainer(network, mesh, dtype=torch.float32)
+    trainer.step(batch(network, 3, 50), 50)
+    progress = checkpoint.load(path, trainer.tower, trainer.optimizer, devices(mesh))
+    return progress, state(trainer)
+
+
+def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
+def whole(answers: list[dict[str, Tensor]], mesh: Mesh) -> dict[str, Tensor]:
+    return joined(answers[: mesh.towers])
+
+
+def test_two_towers_save_and_one_process_loads(pair: Ranks, tmp_path: Path) -> None:
+    saved = whole(pair.run(write, NETWORK, f"{tmp_path}/c", TOWERS), TOWERS)
+    progress, loaded = read(NETWORK, f"{tmp_path}/c", ALONE)
+    assert progress == PROGRESS
+    assert_equal(loaded, saved)
+    assert not (saved["v conv1.weight"] == 0).all()
+
+
+def test_one_process_saves_and_any_mesh_loads(pair: Ranks, four: Ranks, tmp_path: Path) -> None:
+    saved = write(NETWORK, f"{tmp_path}/c", ALONE)
+    for ranks, mesh in (pair, TOWERS), (pair, Mesh(2, 1, 1)), (four, Mesh(2, 1, 2)):
+        answers = ranks.run(read, NETWORK, f"{tmp_path}/c", mesh)
+        assert [progress for progress, _ in answers] == [PROGRESS] * mesh.size
+        states = [found for _, found in answers]
+        assert_equal(whole(states, mesh), saved)
+        assert_equal(joined(states[-mesh.towers :]), saved)
+
+
+def test_replicas_of_towers_save_and_two_towers_load(
+    pair: Ranks, four: Ranks, tmp_path: Path
+) -> None:
+    mesh = Mesh(2, 1, 2)
+    saved = whole(four.run(write, NETWORK, f"{tmp_path}/c", mesh), mesh)
+    answers = pair.run(read, NETWORK, f"{tmp_path}/c", TOWERS)
+    assert_equal(joined([found for _, found in answers]), saved)
+
+
+def test_training_goes_on_as_if_it_had_not_stopped(pair: Ranks, tmp_path: Path) -> None:
+    want = pair.run(write, NETWORK, f"{tmp_path}/straight", TOWERS, 4)
+    pair.run(write, NETWORK, f"{tmp_path}/half", TOWERS, 2)
+    got = pair.run(resume, NETWORK, f"{tmp_path}/half", TOWERS, (2, 4))
+    for one, other in zip(got, want, strict=True):
+        assert_equal(one, other)
+
+
+def resume(network: Network, path: str, mesh: Mesh, steps: tuple[int, int]) -> dict[str, Tensor]:
+    trainer = make_trainer(network, mesh, dtype=torch.float32)
+    checkpoint.load(path, trainer.tower, trainer.optimizer, devices(mesh))
+    for step in range(*steps):
+        trainer.step(batch(network, 4, step), step)
+    return state(trainer)
+
+
+def untrained(network: Network, path: str, mesh: Mesh) -> None:
+    write(network, path, mesh, 0)
+
+
+def test_weights_are_the_whole_networks_and_their_sum_the_same_from_any_mesh(
+    pair: Ranks, four: Ranks, tmp_path: Path
+) -> None:
+    paths = [f"{tmp_path}/{name}" for name in ("one", "two", "copies", "four", "trained")]
+    untrained(NETWORK, paths[0], ALONE)
+    pair.run(untrained, NETWORK, paths[1], TOWERS)
+    pair.run(untrained, NETWORK, paths[2], Mesh(2, 1, 1))
+    four.run(untrained, NETWORK, paths[3], Mesh(2, 1, 2))
+    trained = write(NETWORK, paths[4], ALONE)
+    sums = [checkpoint.weights_sha256(path) for path in paths]
+    assert len(set(sums[:4])) == 1
+    assert sums[4] != sums[0]
+    weights = checkpoint.load_weights(paths[4])
+    assert_equal(weights, {n: t for n, t in trained.items() if not n.startswith("v ")})
+    assert_equal(checkpoint.load_weights(paths[3]), checkpoint.load_weights(paths[0]))
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    yield "memory://checkpoints/one"
+    fsspec.filesystem("memory").rm("/checkpoints", recursive=True)
+
+
+def test_a_checkpoint_goes_to_memory(memory: str) -> None:
+    saved = write(NETWORK, memory, ALONE)
+    assert checkpoint.read_progress(memory) == PROGRESS
+    progress, loaded = read(NETWORK, memory, ALONE)
+    assert progress == PROGRESS
+    assert_equal(loaded, saved)
+    weights = checkpoint.load_weights(memory)
+    assert torch.equal(weights["fc4.bias"], saved["fc4.bias"])
+
+
+def test_two_towers_save_to_a_url(pair: Ranks, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/c"
+    saved = whole(pair.run(write, NETWORK, url, TOWERS), TOWERS)
+    assert_equal(read(NETWORK, url, ALONE)[1], saved)
+    assert checkpoint.weights_sha256(url) == checkpoint.weights_sha256(f"{tmp_path}/c")
+
+
+def test_the_sum_is_over_weights_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(NETWORK, dtype=torch.float32)
+    for path, progress in (f"{tmp_path}/a", {"step": 1}), (f"{tmp_path}/b", {"step": 2}):
+        checkpoint.save(path, trainer.tower, trainer.optimizer, progress, None)
+        trainer.optimizer.momenta()[trainer.tower.weights()["conv1.bias"]].add_(1)
+    assert checkpoint.weights_sha256(f"{tmp_path}/a") == checkpoint.weights_sha256(f"{tmp_path}/b")
+    assert checkpoint.read_progress(f"{tmp_path}/b") == {"step": 2}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (build("cifar", 12), r"fc4\.weight is \(11, 1152\), cifar wants \(12, 1152\)"),
+        (build("cifar", 11, columns=1), r"conv1\.weight is \(64, 3, 5, 5\), cifar wants \(32,"),
+        (
+            build("alexnet-mini", 11),
+            r"conv1\.weight is \(64, 3, 5, 5\), alexnet-mini wants \(24, 3, 11, 11\)",
+        ),
+    ],
+    ids=["classes", "columns", "table"],
+)
+def test_a_checkpoint_of_another_network_is_refused(
+    tmp_path: Path, other: Network, message: str
+) -> None:
+    write(NETWORK, f"{tmp_path}/c", ALONE, 0)
+    trainer = make_trainer(other, dtype=torch.float32)
+    before = state(trainer)
+    with pytest.raises(ValueError, match=f"{tmp_path}/c is of another network: {message}"):
+        checkpoint.load(f"{tmp_path}/c", trainer.tower, trainer.optimizer, None)
+    assert_equal(state(trainer), before)

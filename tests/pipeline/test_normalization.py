@@ -1,0 +1,109 @@
+"""Response normalisation is the paper's formula, with its exact gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import error
+from torch import Tensor
+
+from pipeline import normalization
+from pipeline.network import Norm
+from pipeline.normalization import normalize
+
+
+def formula(x: Tensor, norm: Norm, columns: int) -> Tensor:
+    """b = a / (k + alpha * sum of a^2 over the window)^beta, element by element."""
+    reach, out = norm.size // 2, torch.empty_like(x)
+    _, maps, height, width = x.shape
+    each = maps // columns
+    for m in range(maps):
+        first = m // each * each
+        near = x[:, max(first, m - reach) : min(first + each, m + reach + 1)]
+        across = near.square().sum(1)
+        for i in range(height):
+            for j in range(width):
+                rows = slice(max(0, i - reach), i + reach + 1)
+                around = x[:, m, rows, max(0, j - reach) : j + reach + 1].square().sum((1, 2))
+                window = around if norm.spatial else across[:, i, j]
+                out[:, m, i, j] = x[:, m, i, j] / (norm.k + norm.alpha * window) ** norm.beta
+    return out
+
+
+norms = st.builds(
+    Norm,
+    st.sampled_from([1, 3, 5, 9]),
+    st.sampled_from([1e-4, 0.1, 2.0]),
+    st.sampled_from([0.5, 0.75, 1.0]),
+    st.sampled_from([1.0, 2.0]),
+    st.booleans(),
+)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+
+@given(norms, st.integers(1, 4), st.sampled_from([1, 2]), st.booleans(), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_it_is_the_formula_windows_cut_off_at_borders_included(
+    norm: Norm, each: int, columns: int, last: bool, seed: int
+) -> None:
+    x = noise(2, each * columns, 3, 4, seed=seed)
+    laid = x.to(memory_format=torch.channels_last) if last else x
+    torch.testing.assert_close(
+        normalize(laid, norm, columns), formula(x, norm, columns), rtol=1e-13, atol=1e-15
+    )
+    single = normalize(laid.float(), norm, columns)
+    assert single.dtype == torch.float32
+    assert error(single, formula(x, norm, columns)) < 1e-6
+
+
+@given(norms, st.integers(1, 3), st.sampled_from([1, 2]), st.integers(0, 99))
+@settings(max_examples=12, deadline=None)
+def test_its_gradient_is_that_of_finite_differences(
+    norm: Norm, each: int, columns: int, seed: int
+) -> None:
+    x = noise(2, each * columns, 2, 3, seed=seed).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: normalize(t, norm, columns), x)
+
+
+def test_columns_do_not_see_each_other() -> None:
+    x, norm = noise(2, 8, 3, 3), Norm(alpha=0.5)
+    apart = torch.cat([normalize(part, norm) for part in x.chunk(2, 1)], dim=1)
+    assert torch.equal(normalize(x, norm, 2), apart)
+    assert error(normalize(x, norm, 1), apart) > 0.01
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_working_in_parts_changes_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def both() -> tuple[Tensor, Tensor]:
+        x = noise(3, 6, 5, 4).requires_grad_()
+        y = normalize(x, Norm(alpha=0.5), 2)
+        return y.detach(), torch.autograd.grad(y, x, noise(3, 6, 5, 4, seed=1))[0]
+
+    whole = both()
+    monkeypatch.setattr(normalization, "_CHUNK", chunk)
+    for got, want in zip(both(), whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("beta", [0.75, 0.5])
+def test_sixteen_bits_are_rounded_only_at_the_end(dtype: torch.dtype, beta: float) -> None:
+    norm, grad = Norm(alpha=0.1, beta=beta), noise(2, 32, 4, 4, seed=1).to(dtype)
+    x = (noise(2, 32, 4, 4) * 3).to(dtype)
+    wide = x.double().requires_grad_()
+    want = formula(wide.detach(), norm, 1)
+    y = normalize(wide, norm)
+    (want_grad,) = torch.autograd.grad(y, wide, grad.double())
+    leaf = x.clone().requires_grad_()
+    got = normalize(leaf, norm)
+    (got_grad,) = torch.autograd.grad(got, leaf, grad)
+    assert (got.dtype, got_grad.dtype) == (dtype, dtype)
+    half = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(got.double(), want, rtol=1.01 * half, atol=1e-6)
+    torch.testing.assert_close(got_grad.double(), want_grad, rtol=1.01 * half, atol=1e-6)
