@@ -127,7 +127,7 @@ def alexnet_mini() -> dict[str, Any]:
         "image": 72,
         "scale": 1 / 64,
         "epochs": 8,
-        "rate": 0.01,
+        "rate": 0.02,
         "schedule": "steps",
         "drops": (6.5,),
         "warmup": 40,

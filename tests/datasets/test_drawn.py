@@ -58,4 +58,4 @@ def test_a_linear_model_does_not_learn_it() -> None:
             loss.backward()
             optimizer.step()
         best = max(best, float(((v @ weights).argmax(1) == w).float().mean()))
-    assert 0.1 < best < 0.4
+    assert 0.1 < best < 0.55
