@@ -141,10 +141,10 @@ def cifar() -> dict[str, Any]:
         "image": 32,
         "scale": 1 / 64,
         "pad": 4,
-        "epochs": 8,
+        "epochs": 5,
         "rate": 0.01,
         "schedule": "steps",
-        "drops": (6.0, 7.5),
+        "drops": (4.0, 4.75),
         "decay": 1e-3,
         "warmup": 100,
     }

@@ -26,9 +26,10 @@ def connected() -> Iterator[None]:
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
-    except ConnectionError as error:
-        address = os.environ.get("RAY_ADDRESS", "")
-        raise UserError(f"no Ray cluster answers at {address}: {error}") from None
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        address = os.environ.get("RAY_ADDRESS", "this machine")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"no Ray cluster at {address}: {reason}") from None
     try:
         yield
     finally:

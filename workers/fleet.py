@@ -160,6 +160,10 @@ class Watch:
     def __init__(self) -> None:
         self.executor: Any = None
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # Ray Data sends its settings, and so the callback, to every task; the executor stays.
+        return Watch, ()
+
     def callback(self) -> type:
         """A class that Ray Data makes an instance of, which tells us of the execution."""
         from ray.data._internal.execution.execution_callback import ExecutionCallback

@@ -18,10 +18,10 @@ CONFIG, METRICS, EVENTS = "config.toml", "metrics.jsonl", "events.jsonl"
 
 
 class RunFolder:
-    """Opens or creates a run's folder.
+    """A run's folder; nothing is written before `create`.
 
     Files are written locally, and for a URL copied there by `publish`. Raises UserError if the
-    folder holds a run and `resume` is not said, or the other way round, or cannot be written.
+    folder holds a run and `resume` is not said, or the other way round.
     """
 
     def __init__(self, config: Config, *, resume: bool) -> None:
@@ -33,16 +33,23 @@ class RunFolder:
             raise UserError(f"{config.run} already holds a run: --resume it, or name another")
         if resume and not exists:
             raise UserError(f"{config.run} holds no run to resume: {CONFIG} is not there")
+        self.exists = exists
+
+    def create(self, config: Config) -> None:
+        """Makes the folder what it has to be for the run to start or go on.
+
+        Raises UserError if it cannot be written.
+        """
         try:
             self.fs.makedirs(self.path, exist_ok=True)
             self.local = tempfile.mkdtemp(prefix="towers-run-") if self.remote else self.path
-            if self.remote and resume:
+            if self.remote and self.exists:
                 self.fs.get(f"{self.path}/*.jsonl", self.local + "/")
             with open(f"{self.local}/{CONFIG}", "w") as f:
                 f.write(config.to_toml())
             self.publish()
         except OSError as error:
-            raise UserError(f"{config.run} cannot be written: {error}") from None
+            raise UserError(f"{self.url} cannot be written: {error}") from None
         from tensorboard.summary import Writer
 
         self._board = Writer(f"{self.local}/tensorboard")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +20,7 @@ from datasets.shards import Dataset, open_dataset
 from datasets.statistics import Statistics
 from workers import placement
 from workers.cluster import connected
-from workers.config import Config, UserError
+from workers.config import Config
 from workers.errors import RunFailed
 from workers.feed import Feed
 from workers.fleet import Fleet, measure
@@ -40,13 +41,15 @@ def train(
     progress = progress or Progress()
     if config.shards:
         dataset = open_dataset(config.shards)  # before anything is made or started
+        dataset.shards("train")
     folder = RunFolder(config, resume=resume)
     with connected():
         where = placement.decide(placement.cluster_nodes(), config)
-        config = replace(config, towers=where.mesh.towers)
         if not config.shards:
             dataset = _drawn(folder, progress)
         statistics = _statistics(dataset, config, folder, where, progress)
+        folder.create(config)
+        config = replace(config, towers=where.mesh.towers)
         job = _job(config, where, dataset, statistics, folder)
         fleet = Fleet(dataset, job.itinerary, config, where, statistics)
         try:
@@ -88,8 +91,6 @@ def _job(
     statistics: Statistics,
     folder: RunFolder,
 ) -> Job:
-    if "train" not in dataset.splits:
-        raise UserError(f"{dataset.root} has no train split: it has {', '.join(dataset.splits)}")
     held_out = dataset.held_out
     itinerary = Itinerary(
         dataset.groups("train"),
@@ -144,7 +145,8 @@ class _Run:
         if not lost:
             kind = type(cause).__name__
             text = str(cause).strip().splitlines()
-            raise RunFailed(f"{kind}: {text[0] if text else 'no message'}; {state}") from error
+            said = textwrap.shorten(text[0], 300) if text else "no message"
+            raise RunFailed(f"{kind}: {said}; {state}") from error
         self.folder.event("lost", processes=lost, restarts=self.restarts)
         if self.restarts >= self.job.config.restarts:
             raise RunFailed(f"{', '.join(lost)} died, once too often; {state}: --resume") from None

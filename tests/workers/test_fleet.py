@@ -75,6 +75,16 @@ def test_a_stream_starts_anywhere(
     assert digests(fleet(shards), 13) == {key: d for key, d in alone.items() if key[0] >= 13}
 
 
+def test_a_stream_of_many_executions_is_one_stream(
+    shards: str,
+    alone: dict[tuple[int, int], str],
+    cluster: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("workers.fleet.SEGMENT", 11)
+    assert digests(fleet(shards)) == alone
+
+
 def test_every_row_comes_once_an_epoch_and_once_an_evaluation(shards: str, cluster: None) -> None:
     made = fleet(shards)
     seen: dict[tuple[str, int], list[int]] = {}

@@ -80,6 +80,17 @@ def test_one_process_learns_what_two_towers_learn(
         assert (weight - two[name]).abs().max() < 1e-5, name
 
 
+def test_two_replicas_learn_what_one_learns(
+    undisturbed: tuple[Path, dict], shards: str, tmp_path: Path
+) -> None:
+    folder, _ = undisturbed
+    two = run(tmp_path / "two", shards, replicas=2, towers=1)
+    assert two["mesh"] == "2x1x1"
+    one = load_weights(f"{folder}/checkpoints/step-00000006")
+    for name, weight in load_weights(f"{tmp_path}/two/checkpoints/step-00000006").items():
+        assert (weight - one[name]).abs().max() < 1e-5, name
+
+
 class Killer(Progress):
     """Kills a process of each kind once a report of its step has come."""
 
@@ -167,5 +178,7 @@ def test_a_full_cluster_is_said_not_waited_for(
     try:
         with pytest.raises(UserError, match="the cluster has no room for 2 towers with 1 CPU each"):
             run(tmp_path / "run", shards)
+        ray.util.remove_placement_group(other)
+        assert run(tmp_path / "run", shards, steps=1, resume=True)["steps"] == 1
     finally:
         ray.util.remove_placement_group(other)
