@@ -114,7 +114,7 @@ def alexnet(classes: int) -> nn.Sequential:
 
 
 def alexnet_mini(classes: int) -> nn.Sequential:
-    return _alexnet((24, 64, 96, 96, 64), 2, 256, 1024, classes)
+    return _alexnet((32, 64, 96, 96, 64), 3, 64, 1024, classes)
 
 
 def alexnet_2012(classes: int) -> nn.Sequential:

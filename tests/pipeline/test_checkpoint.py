@@ -157,7 +157,7 @@ def test_the_sum_is_over_weights_alone(tmp_path: Path) -> None:
         (build("cifar", 11, columns=1), r"conv1\.weight is \(64, 3, 5, 5\), cifar wants \(32,"),
         (
             build("alexnet-mini", 11),
-            r"conv1\.weight is \(64, 3, 5, 5\), alexnet-mini wants \(24, 3, 11, 11\)",
+            r"conv1\.weight is \(64, 3, 5, 5\), alexnet-mini wants \(32, 3, 11, 11\)",
         ),
     ],
     ids=["classes", "columns", "table"],

@@ -17,7 +17,7 @@ from pipeline.tower import Tower, share
 SIDES = {  # of what leaves each layer, pooling included
     "alexnet": [27, 13, 13, 13, 6, 1, 1, 1],
     "alexnet-2012": [27, 13, 13, 13, 6, 1, 1, 1],
-    "alexnet-mini": [14, 6, 6, 6, 2, 1, 1, 1],
+    "alexnet-mini": [9, 4, 4, 4, 1, 1, 1, 1],
     "cifar": [15, 7, 3, 1],
 }
 
