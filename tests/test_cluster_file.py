@@ -20,8 +20,8 @@ def cluster() -> dict[str, Any]:
 
 
 def test_ray_accepts_it(cluster: dict[str, Any]) -> None:
-    validate_config(cluster)
     filled = prepare_config(cluster)
+    validate_config(filled)
     assert filled["available_node_types"]["augment"]["max_workers"] == 16
 
 

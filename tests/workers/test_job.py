@@ -89,17 +89,19 @@ def test_a_submitted_job_trains(
 ) -> None:
     run = tmp_path / "run"
     options = ["--network", "alexnet-mini", "--batch", "64", "--epochs", "1", "--run", str(run)]
-    done = subprocess.run(
-        [
-            *(f"{BIN}/ray", "job", "submit", "--address", dashboard, "--working-dir", "."),
-            *("--", "towers", "train", shards, *options, "--json"),
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    command = [
+        *(f"{BIN}/ray", "job", "submit", "--address", dashboard, "--working-dir", "."),
+        *("--", "towers", "train", shards, *options, "--json"),
+    ]
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        )
+        # Ray answers before the node's agent is up, which takes a while on few cores.
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            break
+        time.sleep(2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "top-1 error" in done.stdout
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
