@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from pipeline.mesh import Mesh
@@ -104,27 +106,35 @@ def reserve(placement: Placement) -> PlacementGroup:
     Raises UserError if the cluster does not make room for them and one augmenter in a minute.
     """
     bundles = [placement.tower] * placement.mesh.size
-    towers = _group(bundles, f"{placement.mesh.size} towers")
-    # Ray Data would wait for an augmenter's place for ever, so it is tried before.
-    try:
-        remove_placement_group(_group([placement.augmenter], "an augmenter"))
-    except UserError:
-        remove_placement_group(towers)
-        raise
-    return towers
-
-
-def _group(bundles: list[dict[str, float]], what: str) -> PlacementGroup:
     group = placement_group(bundles, strategy="PACK")
-    if not group.wait(PATIENCE):
+    try:
+        if not group.wait(PATIENCE):
+            raise _no_room(f"{placement.mesh.size} towers", placement.tower)
+        # Ray Data would wait for an augmenter's place for ever without a word.
+        deadline = time.monotonic() + PATIENCE
+        while not _fits(placement.augmenter):
+            if time.monotonic() > deadline:
+                raise _no_room("an augmenter", placement.augmenter)
+            time.sleep(0.5)
+    except UserError:
         remove_placement_group(group)
-        free = ray.available_resources()
-        shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in bundles[0])
-        raise UserError(
-            f"the cluster has no room for {what} with {_show(bundles[0])} each: "
-            f"free now are {shown}; end other jobs or add nodes"
-        )
+        raise
     return group
+
+
+def _fits(need: dict[str, float]) -> bool:
+    """Whether some node has all of this free."""
+    nodes = available_resources_per_node().values()
+    return any(all(node.get(k, 0) >= v for k, v in need.items()) for node in nodes)
+
+
+def _no_room(what: str, need: dict[str, float]) -> UserError:
+    free = ray.available_resources()
+    shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in need)
+    return UserError(
+        f"the cluster has no room for {what} with {_show(need)} each: "
+        f"free now are {shown}; end other jobs or add nodes"
+    )
 
 
 def _show(resources: dict[str, Any]) -> str:
