@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -28,11 +29,19 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def environment() -> dict[str, str]:
-    """What a user's shell has: the project's programs first, and the cluster's token."""
+def environment() -> Iterator[dict[str, str]]:
+    """What a user's shell has: the project's programs first, and the cluster's token.
+
+    Ray's files lie apart, so that it does not look for this cluster after the test.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    path = f"{BIN}:{os.environ['PATH']}"
-    return kept | {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        yield kept | {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_TMPDIR": folder,
+        }
 
 
 @pytest.fixture
