@@ -33,7 +33,7 @@ class RunFolder:
             raise UserError(f"{config.run} already holds a run: --resume it, or name another")
         if resume and not exists:
             raise UserError(f"{config.run} holds no run to resume: {CONFIG} is not there")
-        self.exists = exists
+        self.resume = resume
 
     def create(self, config: Config) -> None:
         """Makes the folder what it has to be for the run to start or go on.
@@ -43,7 +43,7 @@ class RunFolder:
         try:
             self.fs.makedirs(self.path, exist_ok=True)
             self.local = tempfile.mkdtemp(prefix="towers-run-") if self.remote else self.path
-            if self.remote and self.exists:
+            if self.remote and self.resume:
                 self.fs.get(f"{self.path}/*.jsonl", self.local + "/")
             with open(f"{self.local}/{CONFIG}", "w") as f:
                 f.write(config.to_toml())
