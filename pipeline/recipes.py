@@ -95,6 +95,23 @@ class Recipe:
             columns=self.columns,
         )
 
+    def advice(self, classes: int) -> str:
+        """A line of warning if the rate is too high for so few classes, else "".
+
+        alexnet's biases of 1 make the features f of fc7 much alike for all images, so that the
+        loss curves by |f|^2 p (1 - p) along their mean, p being 1 / classes: about 25,000 / classes
+        at the start, and with momentum .9 a rate beyond 3.8 over that diverges.
+        """
+        fits = 1e-4 * classes
+        if not self.network.startswith("alexnet") or self.network == "alexnet-mini":
+            return ""
+        if self.rate <= fits:
+            return ""
+        return (
+            f"a rate of {self.rate:g} suits {self.network} with 1000 classes; with {classes} the "
+            f"loss may leap up and stay at chance: try --rate {0.3 * fits:.1g}"
+        )
+
     def rates(self) -> Schedule:
         """The schedule of the learning rate."""
         return Schedule(self.rate, self.schedule, self.drops, self.patience, self.warmup)  # type: ignore[arg-type]

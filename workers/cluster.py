@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._private import services
 
 from workers.config import UserError
 
@@ -25,7 +27,9 @@ def connected() -> Iterator[None]:
     # When a tower dies its peers fail too; one line says so, not a traceback of each.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+        ray.init(
+            _address(), logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False
+        )
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         address = os.environ.get("RAY_ADDRESS", "this machine")
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -34,3 +38,24 @@ def connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _address() -> str | None:
+    """What `ray.init` is to connect to; "local" if the cluster that last ran here is gone.
+
+    Raises ConnectionError at once where Ray would ask a dead address for minutes.
+    """
+    named = os.environ.get("RAY_ADDRESS", "")
+    if named == "local" or "://" in named:
+        return None
+    found = services.canonicalize_bootstrap_address(None)
+    if found is None:
+        return None
+    host, _, port = found.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        if named:
+            raise ConnectionError(error.strerror or str(error)) from None
+        return "local"  # that cluster was killed, and its address stayed in a file
+    return found

@@ -59,7 +59,7 @@ class Fleet:
     ) -> None:
         self.dataset, self.itinerary, self.config, self.where = dataset, itinerary, config, where
         self.replicas = where.mesh.replicas
-        self.crop = config.build(max(2, len(dataset.classes))).crop
+        self.crop = config.build(len(dataset.classes)).crop
         self.aug = Augmentation(
             config.image,
             self.crop,

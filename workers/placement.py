@@ -23,6 +23,7 @@ class Placement:
     """Where a run's processes go.
 
     `tower` and `augmenter` are the Ray resources of one of each; `threads` is for a tower's torch.
+    `apart`: towers keep off the nodes that are set aside for augmenters.
     """
 
     mesh: Mesh
@@ -30,6 +31,7 @@ class Placement:
     tower: dict[str, float]
     augmenter: dict[str, float]
     threads: int
+    apart: bool = False
 
 
 def decide(nodes: Sequence[dict[str, float]], config: Config) -> Placement:
@@ -77,7 +79,8 @@ def decide(nodes: Sequence[dict[str, float]], config: Config) -> Placement:
     if helpers:
         augmenter[AUGMENT] = SHARE
     cpus = sum(node.get("CPU", 0) for node in homes) - (0 if apart else least * share)
-    return Placement(mesh, device, tower, augmenter, max(1, int(cpus / mesh.size)))
+    threads = max(1, int(cpus / mesh.size))
+    return Placement(mesh, device, tower, augmenter, threads, apart)
 
 
 _STEP = 0.05
@@ -106,7 +109,9 @@ def reserve(placement: Placement) -> PlacementGroup:
     Raises UserError if the cluster does not make room for them and one augmenter in a minute.
     """
     bundles = [placement.tower] * placement.mesh.size
-    group = placement_group(bundles, strategy="PACK")
+    away = [n["NodeID"] for n in ray.nodes() if n["Alive"] and AUGMENT in n["Resources"]]
+    selector = {"ray.io/node-id": f"!in({','.join(away)})"} if placement.apart else {}
+    group = placement_group(bundles, "PACK", bundle_label_selector=[selector] * len(bundles))
     try:
         if not group.wait(PATIENCE):
             raise _no_room(f"{placement.mesh.size} towers", placement.tower)

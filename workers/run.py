@@ -25,7 +25,7 @@ class RunFolder:
     """
 
     def __init__(self, config: Config, *, resume: bool) -> None:
-        self.url = config.run
+        self.config, self.url = config, config.run
         self.fs, self.path = fsspec.core.url_to_fs(self.url)
         self.remote = "://" in self.url
         exists = self.fs.exists(f"{self.path}/{CONFIG}")
@@ -34,8 +34,9 @@ class RunFolder:
         if resume and not exists:
             raise UserError(f"{config.run} holds no run to resume: {CONFIG} is not there")
         self.resume = resume
+        self._board: Any = None
 
-    def create(self, config: Config) -> None:
+    def create(self) -> None:
         """Makes the folder what it has to be for the run to start or go on.
 
         Raises UserError if it cannot be written.
@@ -46,7 +47,7 @@ class RunFolder:
             if self.remote and self.resume:
                 self.fs.get(f"{self.path}/*.jsonl", self.local + "/")
             with open(f"{self.local}/{CONFIG}", "w") as f:
-                f.write(config.to_toml())
+                f.write(self.config.to_toml())
             self.publish()
         except OSError as error:
             raise UserError(f"{self.url} cannot be written: {error}") from None
@@ -76,8 +77,10 @@ class RunFolder:
             self.fs.put(self.local.rstrip("/") + "/", self.path, recursive=True)
 
     def close(self) -> None:
-        self._board.close()
-        self.publish()
+        """Ends what `create` began, if it did."""
+        if self._board:
+            self._board.close()
+            self.publish()
 
     def checkpoint(self, step: int) -> str:
         """The folder or URL of the checkpoint of a step."""

@@ -42,20 +42,27 @@ def train(
     if config.shards:
         dataset = open_dataset(config.shards)  # before anything is made or started
         dataset.shards("train")
+        _check_classes(dataset)
     folder = RunFolder(config, resume=resume)
     with connected():
         where = placement.decide(placement.cluster_nodes(), config)
         if not config.shards:
             dataset = _drawn(folder, progress)
         statistics = _statistics(dataset, config, folder, where, progress)
-        folder.create(config)
         config = replace(config, towers=where.mesh.towers)
         job = _job(config, where, dataset, statistics, folder)
         fleet = Fleet(dataset, job.itinerary, config, where, statistics)
+        if advice := config.advice(len(dataset.classes)):
+            progress.say(advice)
         try:
             return _Run(job, fleet, folder, progress).result()
         finally:
             folder.close()
+
+
+def _check_classes(dataset: Dataset) -> None:
+    if (count := len(dataset.classes)) < 2:
+        raise DataError(f"{dataset.root}: labels of {count} class; a network tells 2 or more apart")
 
 
 def _drawn(folder: RunFolder, progress: Progress) -> Dataset:
@@ -122,6 +129,8 @@ class _Run:
         while True:
             group = placement.reserve(self.job.placement)
             try:
+                if not self.restarts:  # a run that found no room leaves no folder behind
+                    self.folder.create()
                 return self._attempt(group)
             except ray.exceptions.RayError as error:
                 self._judge(error)

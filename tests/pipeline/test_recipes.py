@@ -92,3 +92,12 @@ def test_a_recipe_refuses(change: dict[str, Any], message: str) -> None:
 def test_a_border_may_make_up_for_a_small_image() -> None:
     assert Recipe(image=200, pad=12).pad == 12
     assert Recipe(image=224, crops=False).image == 224
+
+
+@pytest.mark.parametrize(("classes", "rate", "warned"), [(10, 0.01, True), (10, 3e-4, False)])
+def test_a_rate_for_a_thousand_classes_is_warned_of(
+    classes: int, rate: float, warned: bool
+) -> None:
+    assert bool(Recipe(rate=rate).advice(classes)) is warned
+    assert Recipe().advice(1000) == ""
+    assert Recipe(**RECIPES["alexnet-mini"]()).advice(10) == ""

@@ -41,7 +41,8 @@ def parquet(tmp_path: Path) -> Path:
     pq.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "text.parquet")
     rows = pa.array([{"bytes": b"x", "path": "x"}], image)
     pq.write_table(pa.table({"image": rows, "text": ["a"]}), tmp_path / "unlabelled.parquet")
-    pq.write_table(pa.table({"image": rows, "label": [0]}), tmp_path / "whole.parquet")
+    pq.write_table(pa.table({"image": rows, "label": [1]}), tmp_path / "whole.parquet")
+    pq.write_table(pa.table({"image": rows, "label": [0]}), tmp_path / "alike.parquet")
     whole = (tmp_path / "whole.parquet").read_bytes()
     (tmp_path / "truncated.parquet").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty").mkdir()
@@ -55,6 +56,7 @@ def parquet(tmp_path: Path) -> Path:
         (["empty"], "no Parquet files there; `towers prepare` makes them of images"),
         (["text.parquet"], "no column of encoded images"),
         (["unlabelled.parquet"], "no column of integer labels"),
+        (["alike.parquet"], "alike.parquet: labels of 1 class; a network tells 2 or more apart"),
         (["truncated.parquet"], "truncated.parquet: not readable as Parquet"),
         (["whole.parquet", "--network", "lenet"], "network is 'lenet': one of alexnet, "),
         (["whole.parquet", "--batch", "100", "--microbatches", "3"], "a multiple of 3"),

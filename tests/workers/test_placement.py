@@ -44,6 +44,8 @@ def test_augmenters_go_to_nodes_set_aside_for_them() -> None:
     assert "augment" in where.augmenter
     assert "augment" not in where.tower
     assert where.tower["CPU"] == 1
+    assert where.apart
+    assert not decide([{"CPU": 16, "augment": 1}], config()).apart
 
 
 def test_towers_go_to_nodes_set_aside_for_them() -> None:

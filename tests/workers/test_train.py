@@ -179,6 +179,6 @@ def test_a_full_cluster_is_said_not_waited_for(
         with pytest.raises(UserError, match="the cluster has no room for 2 towers with 1 CPU each"):
             run(tmp_path / "run", shards)
         ray.util.remove_placement_group(other)
-        assert run(tmp_path / "run", shards, steps=1, resume=True)["steps"] == 1
+        assert run(tmp_path / "run", shards, steps=1)["steps"] == 1
     finally:
         ray.util.remove_placement_group(other)

@@ -1,0 +1,49 @@
+"""Finding a cluster: one that is gone is not waited for."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+START = (
+    "from workers.cluster import connected\nwith connected(): print(len(__import__('ray').nodes()))"
+)
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An address where nothing listens."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{s.getsockname()[1]}"
+
+
+def start(**environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, "-c", START],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_cluster_that_was_killed_is_not_looked_for(nobody: str) -> None:
+    # Short, because Ray keeps its sockets below it.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text(nobody)
+        done = start(RAY_TMPDIR=folder)
+    assert done.stdout == "1\n", done.stderr
+
+
+def test_a_named_cluster_that_does_not_answer_is_named(nobody: str) -> None:
+    done = start(RAY_ADDRESS=nobody)
+    assert f"UserError: no Ray cluster at {nobody}: Connection refused" in done.stderr
