@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +14,24 @@ from datasets import DataError
 
 Pixels = NDArray[np.uint8]
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""What is read, as Pillow calls it. Its other formats are rare, and some run other programs."""
+
+ENDINGS = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff"),
+    *("ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "avif"),
+)
+"""How names of such files end."""
+
+MAX_BYTES = 128 << 20
+"""Of one encoded image."""
+
 ORIENTATION = 0x0112
 """The EXIF tag that says how the camera was held."""
 
 
 def decode(data: bytes, place: str) -> Pixels:
-    """The image in `data` (any format that Pillow reads) as uint8 [H, W, 3] RGB.
+    """The image in `data` (one of `FORMATS`) as uint8 [H, W, 3] RGB.
 
     Grey, palette, CMYK and 16-bit images become RGB, transparency lies on black, the EXIF
     orientation is applied, and of a moving image the first frame counts. Raises DataError, naming
@@ -28,7 +41,7 @@ def decode(data: bytes, place: str) -> Pixels:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 # Pillow asks the file for its EXIF in ways that cost time; most shards have none.
                 upright = ImageOps.exif_transpose(image) if _turned(image) else image
                 return np.asarray(_to_rgb(upright))
@@ -48,18 +61,30 @@ def decode(data: bytes, place: str) -> Pixels:
 def fit(pixels: Pixels, size: int) -> Pixels:
     """The centre of `pixels` uint8 [H, W, 3], its shorter side scaled to `size`: [size, size, 3].
 
-    Scaling is bicubic and antialiased, upwards too. The same array comes back if it already fits.
+    Scaling is bicubic and antialiased, upwards too. What needs no scaling comes back as a view.
     """
     height, width = pixels.shape[:2]
-    if height == width == size:
-        return pixels
     short = min(height, width)
-    new_height, new_width = (max(size, round(side * size / short)) for side in (height, width))
-    if short != size:
-        image = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BICUBIC)
-        pixels = np.asarray(image)
-    top, left = (new_height - size) // 2, (new_width - size) // 2
-    return pixels[top : top + size, left : left + size]
+    top, left = (height - short) // 2, (width - short) // 2
+    if short == size:
+        return pixels[top : top + size, left : left + size]
+    # Only what is kept is scaled, however long the longer side is.
+    box = (left, top, left + short, top + short)
+    image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box)
+    return np.asarray(image)
+
+
+def standard(data: bytes, place: str, size: int, quality: int) -> tuple[bytes, Pixels]:
+    """An encoded image as it goes into a shard, and its pixels, uint8 [size, size, 3].
+
+    One that has that size already stays as it is, else it is fitted and encoded with `quality`.
+    Raises DataError, naming `place`, if it does not decode.
+    """
+    pixels = decode(data, place)
+    if pixels.shape[:2] == (size, size):
+        return data, pixels
+    pixels = fit(pixels, size)
+    return encode(pixels, quality), pixels
 
 
 def encode(pixels: Pixels, quality: int = 95) -> bytes:
@@ -67,6 +92,13 @@ def encode(pixels: Pixels, quality: int = 95) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _turned(image: Image.Image) -> bool:

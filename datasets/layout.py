@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import errno
+import io
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from datasets import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,14 @@ class Dataset:
         """Rows of `split`."""
         return sum(shard.rows for shard in self.shards(split))
 
+    def place(self, split: str, row: int) -> str:
+        """File and row there of a row of `split`, for messages."""
+        for shard in self.shards(split):
+            if row < shard.rows:
+                return f"{shard.name} row {row}"
+            row -= shard.rows
+        raise IndexError(f"{split} has no such row")
+
     def groups(self, split: str) -> tuple[int, ...]:
         """Rows of each row group of `split`, in file order."""
         return tuple(rows for shard in self.shards(split) for rows in shard.groups)
@@ -77,6 +91,67 @@ def storage(url: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         raise DataError(f"{url}: {error}") from error
     return fs, str(path).rstrip("/")
+
+
+def address(fs: Any, path: str) -> str:
+    """What `fsspec.open` takes for a path of `fs`."""
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+ATTEMPTS = 5
+"""How often a store is asked before it is given up."""
+
+PAUSE = 0.5
+"""Seconds before it is asked again; doubled each time."""
+
+
+def persistent(what: str, call: Callable[[], T]) -> T:
+    """What `call` returns, tried again while a store far away fails or does not answer.
+
+    Raises DataError, naming `what`, once that was in vain; lets through at once what another
+    attempt cannot mend: a missing file, lacking rights, a full disk.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except (DataError, FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except Exception as error:
+            if not _passing(error):
+                raise
+            last = error
+        if attempt + 1 < ATTEMPTS:
+            time.sleep(PAUSE * 2**attempt)
+    said = " ".join(str(last).split())[:150] or type(last).__name__
+    raise DataError(f"{what}: the store failed {ATTEMPTS} times ({said}); try again later")
+
+
+def _passing(error: BaseException) -> bool:
+    """Whether it may not happen again: what networks raise, not what a local file does."""
+    if isinstance(error, (TimeoutError, ConnectionError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+    return type(error).__module__.split(".")[0] in ("aiohttp", "botocore", "urllib3", "requests")
+
+
+@contextmanager
+def opened(url: str, mode: str = "rb", **options: Any) -> Iterator[Any]:
+    """The file at a path or URL, as text in UTF-8 for mode "r".
+
+    Raises DataError, naming it, if it is missing or may not be read.
+    """
+    try:
+        fs, path = storage(url)
+        binary = fs.open(path, "rb", **options)
+        with io.TextIOWrapper(binary, "utf-8-sig", newline="") if mode == "r" else binary as file:
+            yield file
+    except FileNotFoundError:
+        raise DataError(f"{url}: no such file") from None
+    except IsADirectoryError:
+        raise DataError(f"{url}: a folder; name a file") from None
+    except PermissionError as error:
+        raise DataError(f"{url}: may not be read ({error}); check its permissions") from None
 
 
 @contextmanager

@@ -7,19 +7,19 @@ Face tool opens; `dataset.json` beside the shards is written last and says what 
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
 from datasets import DataError
 from datasets.foreign import columns, numbered_classes, split_files
-from datasets.layout import Dataset, Shard, parquet, storage
+from datasets.layout import Dataset, Shard, address, parquet, storage
 from datasets.rows import Record, Rows
 
 __all__ = [
@@ -37,33 +37,44 @@ FORMAT = 1
 
 MANIFEST = "dataset.json"
 
+WORK = ".prepare"
+"""Folder in which `towers prepare` keeps what it needs until it has ended."""
 
-def open_dataset(url: str) -> Dataset:
+Encoded = tuple[bytes, str, int]
+"""An encoded image, its name and its label."""
+
+
+def open_dataset(url: str, *, check: bool = True) -> Dataset:
     """The data set at `url`: a folder of ours, a Hugging Face folder, or one Parquet file.
 
     Reads the manifest, if there is one, and the files' footers; the label column only if nothing
     names the classes. Raises DataError if nothing is there, a file is not Parquet, image or label
-    column is missing, or manifest and files disagree.
+    column is missing, or manifest and files disagree (unless `check` is off).
     """
     fs, root = storage(url)
-    address = _address(fs, root)
+    place = address(fs, root)
     if not fs.exists(root):
         raise DataError(f"{url}: no such file or folder")
     if fs.isfile(root):
-        return _foreign(address, {"train": [address]})
+        return _foreign(place, {"train": [place]})
     if fs.isfile(f"{root}/{MANIFEST}"):
-        return _ours(address, fs.cat_file(f"{root}/{MANIFEST}"))
+        dataset = _ours(place, fs.cat_file(f"{root}/{MANIFEST}"))
+        if check:
+            _check_footers(dataset)
+        return dataset
+    if fs.exists(f"{root}/{WORK}"):
+        raise DataError(f"{url}: its preparation has not ended; run `towers prepare` again")
     found = [path for path in fs.find(root, maxdepth=4) if path.endswith(".parquet")]
     if not found:
         raise DataError(f"{url}: no Parquet files there; `towers prepare` makes them of images")
     splits = split_files(root, found)
-    return _foreign(address, {k: [_address(fs, path) for path in v] for k, v in splits.items()})
+    return _foreign(place, {k: [address(fs, path) for path in v] for k, v in splits.items()})
 
 
 def write_split(
     url: str,
     split: str,
-    records: Iterable[tuple[bytes, str, int]],
+    records: Iterable[Encoded],
     classes: Sequence[str],
     *,
     rows_per_group: int = 64,
@@ -81,16 +92,15 @@ def write_split(
     for stale in (MANIFEST, *(["statistics.npz"] if split == "train" else [])):
         if fs.exists(f"{root}/{stale}"):
             fs.rm_file(f"{root}/{stale}")
-    schema = _schema(classes)
     partials: list[tuple[str, tuple[int, ...]]] = []
-    groups = _groups(records, split, classes, rows_per_group)
+    groups = row_groups(records, split, classes, rows_per_group)
     try:
         for first in groups:
             partial = f"{root}/.{split}-{uuid.uuid4().hex}.partial"
             partials.append((partial, ()))
             with fs.open(partial, "wb") as file:
-                rows = _write_shard(file, schema, first, groups, shard_bytes)
-            partials[-1] = (partial, rows)
+                sizes = tuple(write_shard(file, classes, chain([first], groups), shard_bytes))
+            partials[-1] = (partial, sizes)
     except BaseException:
         for partial, _ in partials:
             if fs.exists(partial):
@@ -104,7 +114,7 @@ def write_split(
     for number, (partial, rows) in enumerate(partials):
         path = f"{root}/{split}-{number:05d}-of-{len(partials):05d}.parquet"
         fs.mv(partial, path)
-        shards.append(Shard(_address(fs, path), rows))
+        shards.append(Shard(address(fs, path), rows))
     return tuple(shards)
 
 
@@ -115,8 +125,13 @@ def write_manifest(
     *,
     size: int | None = None,
     skipped: Mapping[str, int] | None = None,
+    words: Mapping[str, str] | None = None,
+    prepared: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `dataset.json`: what belongs to the data set, and how often what was skipped, why."""
+    """Write `dataset.json`: what belongs to the data set, and how often what was skipped, why.
+
+    `words` say what classes mean whose names don't; `prepared` which preparation made each split.
+    """
     manifest = {
         "format": FORMAT,
         "image": "image",
@@ -125,6 +140,8 @@ def write_manifest(
         "rows": {split: sum(s.rows for s in shards) for split, shards in splits.items()},
         "skipped": dict(skipped or {}),
         "classes": list(classes),
+        "words": dict(words or {}),
+        "prepared": dict(prepared or {}),
         "splits": {
             split: [{"file": s.name, "rows": s.rows, "groups": list(s.groups)} for s in shards]
             for split, shards in splits.items()
@@ -137,9 +154,10 @@ def write_manifest(
     fs.mv(partial, path)
 
 
-def _groups(
-    records: Iterable[tuple[bytes, str, int]], split: str, classes: Sequence[str], rows: int
-) -> Iterator[list[tuple[bytes, str, int]]]:
+def row_groups(
+    records: Iterable[Encoded], split: str, classes: Sequence[str], rows: int
+) -> Iterator[list[Encoded]]:
+    """The records in groups of `rows`. Raises DataError for a label that is none of the classes."""
     left = iter(records)
     while group := list(islice(left, rows)):
         for _, name, label in group:
@@ -150,27 +168,25 @@ def _groups(
         yield group
 
 
-def _write_shard(
-    file: Any,
-    schema: Any,
-    group: list[tuple[bytes, str, int]],
-    groups: Iterator[list[tuple[bytes, str, int]]],
-    limit: int,
-) -> tuple[int, ...]:
-    """Write `group` and those that follow up to `limit` bytes; rows of each that was written."""
-    rows, size = [], 0
+def write_shard(
+    file: Any, classes: Sequence[str], groups: Iterable[list[Encoded]], limit: float = math.inf
+) -> Iterator[int]:
+    """Write one Parquet file of those groups, up to `limit` bytes of images; yields the rows of
+    each group once it is written.
+    """
+    schema, size = _schema(classes), 0
     # Encoded images neither compress nor repeat, and their least and greatest say nothing.
     with pq.ParquetWriter(
         file, schema, compression="none", use_dictionary=["label"], write_statistics=["label"]
     ) as writer:
-        while True:
+        for group in groups:
             images = [{"bytes": data, "path": name} for data, name, _ in group]
             labels = [label for _, _, label in group]
             writer.write_table(pa.table({"image": images, "label": labels}, schema=schema))
-            rows.append(len(group))
             size += sum(len(data) for data, _, _ in group)
-            if size >= limit or not (group := next(groups, [])):
-                return tuple(rows)
+            yield len(group)
+            if size >= limit:
+                return
 
 
 def _schema(classes: Sequence[str]) -> Any:
@@ -183,11 +199,6 @@ def _schema(classes: Sequence[str]) -> Any:
         pa.field("label", pa.int64()),
     ]
     return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": features}})})
-
-
-def _address(fs: Any, path: str) -> str:
-    """What `fsspec.open` takes for a path of `fs`."""
-    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
 
 def _footers(paths: Sequence[str]) -> list[tuple[Shard, Any]]:
@@ -242,11 +253,14 @@ def _ours(root: str, text: bytes) -> Dataset:
         ) from error
     if version != FORMAT:
         raise DataError(f"{root}/{MANIFEST}: format {version}; this version reads {FORMAT}")
-    shards = [shard for split in splits.values() for shard in split]
+    return dataset
+
+
+def _check_footers(dataset: Dataset) -> None:
+    shards = [shard for split in dataset.splits.values() for shard in split]
     for shard, (found, _) in zip(shards, _footers([s.path for s in shards]), strict=True):
         if found.groups != shard.groups:
             raise DataError(
                 f"{shard.path}: {found.rows} rows in {len(found.groups)} row groups, "
                 f"{shard.rows} in {len(shard.groups)} by {MANIFEST}; prepare the data set again"
             )
-    return dataset

@@ -90,11 +90,8 @@ class Sums:
         """Count one image, uint8 [size, size, 3]. Raises ValueError for another shape."""
         if image.shape != self.pixels.shape:
             raise ValueError(f"image is {image.shape}: {self.pixels.shape} is wanted")
-        # Integers in float64 are exact up to 2**53, which 255**2 a pixel reaches at 10**11 of them,
-        # and only products of floats go to BLAS.
-        flat = image.reshape(-1, 3).astype(np.float64)
         self.pixels += image
-        self.moments += (flat.T @ flat).astype(np.int64)
+        self.moments += _moments(image)
         self.images += 1
 
     def merge(self, other: Sums) -> None:
@@ -130,6 +127,19 @@ class Sums:
             eigenvectors=vectors,
             images=self.images,
         )
+
+
+def _moments(image: Pixels) -> NDArray[np.int64]:
+    """Sums of products of each two channels of uint8 [H, W, 3]: int64 [3, 3], exact."""
+    count = image.shape[0] * image.shape[1]
+    # 256 products of 255 * 255 still fit in the 24 bits that float32 is exact to.
+    planes = np.zeros((3, -(-count // 256), 256), np.float32)
+    planes.reshape(3, -1)[:, :count] = image.reshape(-1, 3).T
+    moments = np.empty((3, 3), np.int64)
+    for i, j in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)):
+        parts = np.einsum("ab,ab->a", planes[i], planes[j])
+        moments[i, j] = moments[j, i] = parts.sum(dtype=np.float64)
+    return moments
 
 
 def sums_of_groups(

@@ -12,6 +12,7 @@ from typing import Any
 from datasets import DataError
 from workers.config import Config, UserError, configure, locate
 
+PREPARE = ("size", "quality", "keep", "holdout", "seed", "on_error")
 VARIANTS = ("activation", "lrn", "pooling", "dropout", "columns")
 
 
@@ -58,6 +59,45 @@ def _parser() -> argparse.ArgumentParser:
         if f.name != "shards":
             _option(train, f)
 
+    prepare = _command(
+        commands,
+        "prepare",
+        "make shards of labelled images",
+        "towers prepare ILSVRC2012_img_train.tar s3://bucket/imagenet --split train",
+        _prepare,
+    )
+    prepare.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="ILSVRC's tar of tars, a tar, zip or folder of class folders, WebDataset tars, "
+        "Hugging Face Parquet, or a CSV or Parquet list of paths and labels; a path or URL.",
+    )
+    prepare.add_argument("shards", metavar="SHARDS", help="Folder or URL of the shards.")
+    prepare.add_argument("--split", metavar="NAME", help="Make this split alone, beside others.")
+    prepare.add_argument("--size", type=int, help="Side of the images in pixels. [256]")
+    prepare.add_argument("--quality", type=int, help="Of JPEG, 1 to 100. [95]")
+    prepare.add_argument("--keep", action="store_true", help="Store the images as they came.")
+    prepare.add_argument(
+        "--holdout", type=float, help="Share that becomes val if the source has no split. [0.05]"
+    )
+    prepare.add_argument("--labels", metavar="FILE", help="What images in no class folder show.")
+    prepare.add_argument("--synsets", metavar="FILE", help="Synsets and what they mean.")
+    prepare.add_argument("--seed", type=int, help="Of order and split. [0]")
+    prepare.add_argument(
+        "--on-error", choices=("fail", "skip"), help="What becomes of an image that is bad. [fail]"
+    )
+    _workers(prepare)
+
+    validate = _command(
+        commands,
+        "validate",
+        "read every row of shards and name what is wrong",
+        "towers validate SHARDS",
+        _validate,
+    )
+    validate.add_argument("shards", metavar="SHARDS", help=_help("shards"))
+    _workers(validate)
+
     describe = _command(
         commands,
         "describe",
@@ -83,6 +123,15 @@ def _command(commands: Any, name: str, text: str, example: str, run: Any) -> Any
     parser.add_argument("--json", action="store_true", help="Print one JSON object at the end.")
     parser.set_defaults(run_command=run)
     return parser
+
+
+def _workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="Workers; as many as the cluster has CPUs if unset.",
+    )
 
 
 def _help(name: str) -> str:
@@ -143,6 +192,60 @@ def _train(args: argparse.Namespace) -> int:
     if getattr(args, "json", False):
         print(json.dumps(result))
     return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from datasets.preparation import Options
+    from workers.prepare import prepare
+    from workers.progress import table
+
+    given = vars(args)
+    try:
+        options = Options(**{name: given[name] for name in PREPARE if name in given})
+        result = prepare(
+            locate(args.source),
+            locate(args.shards),
+            options,
+            split=given.get("split"),
+            labels=given.get("labels"),
+            synsets=given.get("synsets"),
+            workers=_count(given.get("workers")),
+        )
+    except KeyboardInterrupt:
+        print("towers: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 1
+    except DataError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    rows = ", ".join(f"{split} {count}" for split, count in result["splits"].items())
+    names = ("url", "shards", "classes", "skipped")
+    lines: list[tuple[str, ...]] = [(name, str(result[name])) for name in names]
+    print(table([*lines, ("rows", rows)]))
+    if given.get("json"):
+        print(json.dumps(result))
+    return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from workers.validate import validate
+
+    result = validate(locate(args.shards), workers=_count(getattr(args, "workers", None)))
+    for fault in result["named"]:
+        print(fault)
+    for note in result["notes"]:
+        print(f"note: {note}")
+    faults = result["faults"]
+    print(f"{result['rows']} rows, {faults or 'no'} fault{'s' if faults != 1 else ''}")
+    if getattr(args, "json", False):
+        print(json.dumps(result))
+    return 1 if faults else 0
+
+
+def _count(workers: int | None) -> int | None:
+    if workers is not None and workers < 1:
+        raise UserError(f"workers is {workers}: at least 1")
+    return workers
 
 
 def _describe(args: argparse.Namespace) -> int:

@@ -115,16 +115,22 @@ def reserve(placement: Placement) -> PlacementGroup:
     try:
         if not group.wait(PATIENCE):
             raise _no_room(f"{placement.mesh.size} towers", placement.tower)
-        # Ray Data would wait for an augmenter's place for ever without a word.
-        deadline = time.monotonic() + PATIENCE
-        while not _fits(placement.augmenter):
-            if time.monotonic() > deadline:
-                raise _no_room("an augmenter", placement.augmenter)
-            time.sleep(0.5)
+        await_room("an augmenter", placement.augmenter)
     except UserError:
         remove_placement_group(group)
         raise
     return group
+
+
+def await_room(what: str, need: dict[str, float]) -> None:
+    """Returns once some node has these resources free, for which Ray Data would wait for ever
+    without a word. Raises UserError if that takes more than a minute.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not _fits(need):
+        if time.monotonic() > deadline:
+            raise _no_room(what, need)
+        time.sleep(0.5)
 
 
 def _fits(need: dict[str, float]) -> bool:

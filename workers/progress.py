@@ -37,16 +37,29 @@ class Progress:
 
     def step(self, report: dict[str, Any]) -> None:
         """A report of training; a plain line only every few seconds."""
-        now = time.monotonic()
-        if not self.live and now - self.written < PLAIN_SECONDS and report["step"] < self.total:
-            return
-        self.written = now
-        line = (
+        self.line(
             f"step {report['step']}/{self.total}  epoch {report['epoch'] + 1}  "
             f"loss {report['loss']:.3f}  top-1 error {report['top1_error']:.1%}  "
             f"{report['images_per_second']:.0f} images/s  "
-            f"waited for data {report['stall_fraction']:.0%}  augmenters {report['augmenters']}"
+            f"waited for data {report['stall_fraction']:.0%}  augmenters {report['augmenters']}",
+            last=report["step"] >= self.total,
         )
+
+    def done(self, what: str, count: int, total: int, start: float) -> None:
+        """How many of `total` are done since `start` (time.monotonic) and how long it will take."""
+        seconds = time.monotonic() - start
+        rate = count / seconds if seconds else 0.0
+        left = time.strftime("%H:%M:%S", time.gmtime((total - count) / rate)) if rate else "?"
+        share = count / total if total else 1.0
+        text = f"{what} {count}/{total} ({share:.0%})  {rate:.0f} images/s  {left} left"
+        self.line(text, last=count >= total)
+
+    def line(self, line: str, *, last: bool = False) -> None:
+        """A line that the next one replaces on a terminal, and elsewhere one every few seconds."""
+        now = time.monotonic()
+        if not self.live and now - self.written < PLAIN_SECONDS and not last:
+            return
+        self.written = now
         if self.live:
             print(f"\r\x1b[K{line}", end="", file=self.out, flush=True)
         else:

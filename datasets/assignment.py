@@ -1,0 +1,126 @@
+"""Which class, which split and which place each image of a source has: pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets import DataError
+from datasets.listing import by_folder, ordered, stem
+from datasets.plan import Plan
+from datasets.randomness import stream
+from datasets.sources import Source
+
+
+def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
+    """Which of the images, by their labels (int64 [n]), make the validation split: bool [n].
+
+    The same share of each class to within one image, and never the only image of one.
+    """
+    order = stream("holdout", seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    counts = np.bincount(labels)
+    ends = np.floor(share * np.cumsum(counts) + 0.5).astype(np.int64)
+    take = np.minimum(np.diff(ends, prepend=0), np.maximum(counts - 1, 0))
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    chosen = np.zeros(len(labels), bool)
+    chosen[order] = rank < np.repeat(take, counts)
+    return chosen
+
+
+def labels_of(
+    source: Source, entries: Any, labels: Mapping[str, str] | Sequence[str] | None
+) -> tuple[list[str | None], list[str]]:
+    """Each image's class name, None if it has none, and its split, "" if the source has none."""
+    names: list[str] = entries["name"].to_pylist()
+    given: list[str] = entries["split"].to_pylist()
+    if labels is not None and not isinstance(labels, Mapping):
+        if len(labels) != len(names):
+            raise DataError(f"{source.url}: {len(names)} images, and {len(labels)} labels")
+        places = sorted(range(len(names)), key=names.__getitem__)
+        told = dict(zip(places, labels, strict=True))
+        return [told[i] for i in range(len(names))], given
+    if labels is not None:
+        missing = next((name for name in names if stem(name) not in labels), None)
+        if missing:
+            raise DataError(f"{missing}: not in the list of labels; add or remove it")
+        return [labels[stem(name)] for name in names], given
+    found: list[str | None] = entries["label"].to_pylist()
+    if source.kind in ("files", "tar", "zip") and None in found:
+        pairs = by_folder(names)
+        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    return found, given
+
+
+def classes_of(
+    source: Source, names: list[str | None], before: dict[str, Any] | None, split: str | None
+) -> tuple[str, ...]:
+    if before and split:
+        return tuple(before["classes"])
+    if source.dataset:
+        return source.dataset.classes
+    return ordered([name for name in names if name is not None])
+
+
+def codes_of(
+    source: Source, names: list[str | None], classes: tuple[str, ...]
+) -> NDArray[np.int64]:
+    """Class numbers, -1 for none. A number that is no class's name counts the classes from 0."""
+    known = {name: number for number, name in enumerate(classes)}
+    for name in {name for name in names if name is not None and name not in known}:
+        if not (name.isdecimal() and int(name) < len(classes)):
+            raise DataError(
+                f"{source.url}: class {name!r} is none of the {len(classes)} that are there already"
+            )
+        known[name] = int(name)
+    return np.array([-1 if name is None else known[name] for name in names], np.int64)
+
+
+def splits_of(
+    given: list[str], codes: NDArray[np.int64], split: str | None, share: float, seed: int
+) -> dict[str, NDArray[np.int64]]:
+    """The entries of each split, in order.
+
+    With `split`, the source's split of that name alone, or, if it has none, all of it under that
+    name. A source without splits is held out from. Raises DataError if it has others.
+    """
+    everything = np.arange(len(codes))
+    names = sorted({name or "train" for name in given})
+    if split and len(names) == 1:
+        return {split: everything}
+    if split:
+        if split not in names:
+            raise DataError(f"split is {split!r}: the source has {', '.join(names)}")
+        return {split: everything[np.array(given) == split]}
+    if set(given) <= {"", "train"}:
+        labelled = np.flatnonzero(codes >= 0)
+        chosen = np.zeros(len(codes), bool)
+        chosen[labelled] = hold_out(codes[labelled], share, seed)
+        parts = {"train": everything[~chosen], "val": everything[chosen]}
+        return {name: rows for name, rows in parts.items() if len(rows)}
+    named = np.array([name or "train" for name in given])
+    return {name: everything[named == name] for name in names}
+
+
+def order_of(
+    rows: NDArray[np.int64], split: str, source: Source, seed: int, entries: Any
+) -> NDArray[np.int64]:
+    """The entries of a split, shuffled. Rows of Parquet cannot be fetched one by one, so there row
+    groups are permuted and rows within windows of them, as in an epoch's plan.
+    """
+    if not source.dataset:
+        return rows[stream("prepare", seed, split).permutation(len(rows))]
+    given = np.array(entries["split"].to_pylist())[rows]
+    numbers = np.array(entries["offset"].to_pylist())[rows]
+    ordered_rows = []
+    for part in sorted(set(given.tolist())):
+        groups = source.dataset.groups(part or "train")
+        plan = Plan(groups, sum(groups), seed=seed, epoch=0, shuffle=True)
+        place = np.full(sum(groups), -1)
+        place[numbers[given == part]] = rows[given == part]
+        drawn = place[plan.batch_rows(0)]
+        ordered_rows.append(drawn[drawn >= 0])
+    return np.concatenate(ordered_rows)

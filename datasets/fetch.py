@@ -1,0 +1,103 @@
+"""The bytes of a source's images, wherever they lie."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from datasets.images import MAX_BYTES
+from datasets.layout import Dataset, persistent, storage
+from datasets.rows import Rows
+
+_BATCH_BYTES = 32 << 20
+_BATCH = 64
+
+
+class Entry(NamedTuple):
+    """An image of a source, as `sources.ENTRIES` has it; `label` is the number of its class."""
+
+    file: str
+    offset: int
+    length: int
+    packed: int
+    check: int
+    name: str
+    label: int
+
+
+def fetch(entries: Sequence[Entry], dataset: Dataset | None, split: str) -> Iterator[bytes | str]:
+    """Each entry's bytes, or what is wrong with it, in order; a few megabytes at a time.
+
+    `dataset` and `split` are those of a source that is Parquet. Raises DataError if a store does
+    not answer or a whole file is gone or damaged.
+    """
+    if dataset:
+        yield from _rows(entries, Rows(dataset, split))
+        return
+    start = 0
+    while start < len(entries):
+        stop, size = start, 0
+        while stop < len(entries) and stop - start < _BATCH and size < _BATCH_BYTES:
+            size += max(0, entries[stop].length)
+            stop += 1
+        yield from _ranges(entries[start:stop])
+        start = stop
+
+
+def _rows(entries: Sequence[Entry], rows: Rows) -> Iterator[bytes | str]:
+    for entry in entries:
+        faults: list[str] = []
+        found = rows.read(np.array([entry.offset]), faults)
+        yield found[0].image if found else faults[0]
+
+
+def _ranges(entries: Sequence[Entry]) -> Iterator[bytes | str]:
+    fs, _ = storage(entries[0].file)
+    asked = [e for e in entries if max(e.length, e.packed) <= MAX_BYTES]
+    bounds = {e: _bounds(e) for e in asked}
+
+    def get() -> list[bytes | Exception]:
+        got: list[bytes | Exception] = fs.cat_ranges(
+            [storage(e.file)[1] for e in asked],
+            [bounds[e][0] for e in asked],
+            [bounds[e][1] for e in asked],
+            on_error="return",
+        )
+        for found in got:
+            if isinstance(found, Exception) and not isinstance(found, FileNotFoundError):
+                raise found
+        return got
+
+    got = dict(zip(asked, persistent(entries[0].file, get), strict=True)) if asked else {}
+    for entry in entries:
+        yield _checked(entry, got.pop(entry, None))
+
+
+def _bounds(entry: Entry) -> tuple[int, int]:
+    stored = entry.length if entry.packed < 0 else entry.packed
+    return entry.offset, entry.offset + (stored if stored >= 0 else MAX_BYTES + 1)
+
+
+def _checked(entry: Entry, data: bytes | Exception | None) -> bytes | str:
+    """What was got, unpacked, if it is what the source says."""
+    what = entry.name
+    if isinstance(data, Exception):
+        return f"{what}: no such file {entry.file}; correct the list or add the file"
+    if data is None or len(data) > MAX_BYTES:
+        return f"{what}: more than {MAX_BYTES >> 20} MiB; is it an image?"
+    if entry.packed >= 0:
+        if len(data) == entry.packed:
+            try:
+                data = zlib.decompressobj(-15).decompress(data, entry.length + 1)
+            except zlib.error as error:
+                return f"{what}: damaged in {entry.file} ({error}); pack it again"
+        else:
+            data = b""
+    if entry.length >= 0 and len(data) != entry.length:
+        return f"{what}: {entry.file} ends inside it; copy it again"
+    if entry.check >= 0 and zlib.crc32(data) != entry.check:
+        return f"{what}: damaged in {entry.file} (its checksum is another); copy it again"
+    return data

@@ -1,0 +1,151 @@
+"""Labels as people write them down: lists of paths and labels, class folders, synset words."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from datasets import DataError
+from datasets.foreign import LABELS, SPLITS
+from datasets.layout import opened
+
+PATHS = ("path", "file", "filename", "file_name", "filepath", "image_path", "image", "img", "name")
+CATEGORIES = (*LABELS, "category", "class_name", "label_name", "synset", "wnid")
+SUBSETS = ("split", "subset", "set")
+KAGGLE = {"imageid": "path", "predictionstring": "label"}
+"""Columns of the validation list that Kaggle hands out; the label is the first word of it."""
+
+
+def read_fields(url: str) -> Iterator[tuple[int, list[str]]]:
+    """Line number (from 1) and fields of each line that is not empty.
+
+    Fields are parted by tabs or commas if the first line has one, else by white space. Raises
+    DataError if the file is not text.
+    """
+    with opened(url, "r") as file:
+        try:
+            first = file.readline()
+            lines = (line for part in ([first], file) for line in part)
+            parter = next((mark for mark in "\t," if mark in first), None)
+            rows = (
+                csv.reader(lines, delimiter=parter) if parter else (line.split() for line in lines)
+            )
+            for number, fields in enumerate(rows, 1):
+                if any(fields):
+                    yield number, [field.strip() for field in fields]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{url}: not a text file of columns ({error})") from None
+
+
+def read_list(url: str) -> Iterator[tuple[str, str, str]]:
+    """Path, label and split ("" if it has none) of each line of a list.
+
+    The first line may name the columns; without names path and label are the first two. Raises
+    DataError, naming the line, where one of them is missing.
+    """
+    at = {"path": 0, "label": 1}
+    for number, fields in read_fields(url):
+        if number == 1 and (named := list_columns(fields)):
+            at = named
+            continue
+        try:
+            path, label = fields[at["path"]], fields[at["label"]]
+            split = fields[at["split"]] if "split" in at else ""
+        except IndexError:
+            raise DataError(f"{url} line {number}: {len(fields)} fields; path and label?") from None
+        if not path or not label:
+            raise DataError(f"{url} line {number}: an empty path or label; fill or remove it")
+        yield path, label.split()[0] if "kaggle" in at else label, SPLITS.get(split.lower(), split)
+
+
+def list_columns(names: Sequence[str]) -> dict[str, int]:
+    """Where path, label and, if there is one, split stand among the columns; {} if two are not."""
+    lower = [name.lower() for name in names]
+    found: dict[str, int] = {}
+    for field, known in (("path", PATHS), ("label", CATEGORIES), ("split", SUBSETS)):
+        for name in known:
+            if name in lower and lower.index(name) not in found.values():
+                found[field] = lower.index(name)
+                break
+    if all(name in lower for name in KAGGLE):
+        found = {KAGGLE[name]: lower.index(name) for name in KAGGLE} | {"kaggle": 0}
+    return found if {"path", "label"} <= found.keys() else {}
+
+
+def read_labels(url: str, synsets: Sequence[str]) -> dict[str, str] | list[str]:
+    """Labels of images that stand in no class folder: by the image's name without ending, or, if
+    the file has numbers alone, in the order of the images' names.
+
+    Such numbers, as in ILSVRC's ground truth, count `synsets` from 1. Raises DataError, naming the
+    line.
+    """
+    numbers: list[str] = []
+    rows = list(read_fields(url))
+    if all(len(fields) == 1 and fields[0].isdecimal() for _, fields in rows):
+        if not synsets:
+            raise DataError(
+                f"{url}: numbers alone; name the synsets that they count by --synsets FILE"
+            )
+        for line, (number,) in rows:
+            if not 1 <= int(number) <= len(synsets):
+                raise DataError(f"{url} line {line}: {number}, outside 1 to {len(synsets)}")
+            numbers.append(synsets[int(number) - 1])
+        return numbers
+    return {stem(path): label for path, label, _ in read_list(url)}
+
+
+def read_words(url: str) -> dict[str, str]:
+    """What each synset of a file like synset_words.txt means, in the file's order."""
+    with opened(url, "r") as file:
+        try:
+            pairs = [line.strip().partition(" ") for line in file if line.strip()]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{url}: not a text file ({error})") from None
+    return {key: words.strip() for key, _, words in pairs}
+
+
+def by_folder(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Label and split ("" if folders name none) of images by their names, paths with folders.
+
+    Folders that hold everything are passed over; then one called train, val or the like is a split,
+    and the next is the class. Raises DataError for an image in no class folder.
+    """
+    folders = [[p for p in name.split("/")[:-1] if p not in ("", ".")] for name in names]
+    folders = _without_common(folders)
+    splits = [""] * len(names)
+    if folders and all(len(f) > 1 and f[0].lower() in SPLITS for f in folders):
+        splits = [SPLITS[f[0].lower()] for f in folders]
+        folders = _without_common([f[1:] for f in folders])
+    for name, path in zip(names, folders, strict=True):
+        if not path:
+            raise DataError(
+                f"{name}: in no class folder; say what images show by --labels FILE, or put them "
+                "into a folder for each class"
+            )
+    return [(path[0], split) for path, split in zip(folders, splits, strict=True)]
+
+
+def _without_common(folders: list[list[str]]) -> list[list[str]]:
+    """Paths without the leading folders that all share, at least the last one left to each."""
+    while folders and all(len(f) > 1 for f in folders) and len({f[0] for f in folders}) == 1:
+        folders = [f[1:] for f in folders]
+    return folders
+
+
+def stem(name: str) -> str:
+    """A path's last part without its ending."""
+    last = name.rpartition("/")[2]
+    return last.rpartition(".")[0] or last
+
+
+def ordered(labels: Sequence[Any]) -> tuple[str, ...]:
+    """Class names in order: by number if all are numbers, then from 0 to the greatest; else by
+    name, as torchvision's ImageFolder has it.
+    """
+    names = {str(label) for label in labels}
+    if names and all(name.isdecimal() and str(int(name)) == name for name in names):
+        greatest = max(map(int, names))
+        if greatest < 10 * len(names) + 100:
+            return tuple(str(number) for number in range(greatest + 1))
+    return tuple(sorted(names))

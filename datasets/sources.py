@@ -1,0 +1,308 @@
+"""What people have labelled images in, scanned into a table of where each image's bytes lie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from datasets import DataError
+from datasets.archives import Member, tar_members, zip_members
+from datasets.foreign import SPLITS
+from datasets.images import ENDINGS
+from datasets.layout import Dataset, address, opened, parquet, persistent, storage
+from datasets.listing import list_columns, read_list
+from datasets.shards import open_dataset
+
+Kind = Literal["files", "list", "tar", "webdataset", "zip", "parquet"]
+
+ENTRIES = pa.schema(
+    [
+        ("file", pa.dictionary(pa.int32(), pa.string())),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("packed", pa.int64()),
+        ("check", pa.int64()),
+        ("name", pa.string()),
+        ("label", pa.dictionary(pa.int32(), pa.string())),
+        ("split", pa.dictionary(pa.int32(), pa.string())),
+    ]
+)
+"""An image: `length` bytes (-1: all) from `offset` on in `file`, `packed` and `check` as in
+`Member`; for Parquet, `offset` is its row within the split. `label` is the class's name, null if
+only folders in `name` tell or the row has none; `split` is "" if the source names none.
+"""
+
+_PLAIN = pa.schema([(f.name, getattr(f.type, "value_type", f.type)) for f in ENTRIES])
+Found = tuple[str, Member, str | None]  # the file that it lies in, and its label if that is known
+
+HEADERS: dict[str, Any] = {"cache_type": "readahead", "block_size": 1 << 16}
+"""How far an archive is read ahead: about to the next header, not through the images."""
+
+_LABELS = ("cls", "json")  # endings of the labels of WebDataset
+_MAX_LABEL = 1 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one worker scans: a file or folder, or an archive of `length` bytes at `start` in it.
+
+    `label` and `split`, if given, are those of all its images.
+    """
+
+    file: str
+    start: int = 0
+    length: int | None = None
+    label: str = ""
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source as found: its kind, its parts in order, and `dataset` if it is Parquet."""
+
+    url: str
+    kind: Kind
+    parts: tuple[Part, ...]
+    dataset: Dataset | None = None
+
+
+def find_source(url: str) -> Source:
+    """What lies at `url`: ILSVRC's tar of tars, another tar or zip of images, a folder of class
+    folders, of tars or of Parquet, WebDataset's tars (a `*` in the name is filled in), a CSV or
+    Parquet list of paths and labels.
+
+    Raises DataError if nothing is there, or nothing that images are taken from.
+    """
+    fs, root = storage(url)
+    if "*" in root:
+        files = sorted(persistent(url, lambda: fs.glob(root)))
+        return _archives(url, fs, [f for f in files if f.endswith(".tar")])
+    if not persistent(url, lambda: fs.exists(root)):
+        raise DataError(f"{url}: no such file or folder")
+    if fs.isdir(root):
+        return _folder(url, fs, root)
+    ending = root.rpartition(".")[2].lower()
+    place = address(fs, root)
+    if ending == "tar":
+        return _archives(url, fs, [root])
+    if ending == "zip":
+        return Source(url, "zip", (Part(place),))
+    if ending in ("csv", "tsv", "txt"):
+        return Source(url, "list", (Part(place),))
+    if ending == "parquet":
+        with parquet(place) as file:
+            if list_columns(file.schema_arrow.names) and _paths(file.schema_arrow):
+                return Source(url, "list", (Part(place),))
+        return _parquet(url)
+    raise DataError(
+        f"{url}: no source of images; a tar or zip, a folder, Parquet, or a CSV list is"
+    )
+
+
+def scan(source: Source, part: Part) -> tuple[Any, list[str]]:
+    """The images of one part as a table of `ENTRIES`, and the names of files that were passed by
+    because they are none. Raises DataError, naming the place, for damage.
+    """
+    if source.kind == "parquet":
+        assert source.dataset
+        return _table(_parquet_rows(source.dataset, part)), []
+    if source.kind == "list":
+        return _table(_listed(part)), []
+    if source.kind == "webdataset":
+        found = _samples(part)
+    elif source.kind == "files":
+        found = _files(source, part)
+    else:
+        found = _members(source, part)
+    passed: list[str] = []
+    return _table(_images(found, part, passed)), passed
+
+
+def _folder(url: str, fs: Any, root: str) -> Source:
+    """A folder: looks at what lies in it, or in its folders that are named like splits."""
+    entries = sorted(persistent(url, lambda: fs.ls(root, detail=True)), key=lambda e: e["name"])
+    files = [e["name"] for e in entries if e["type"] == "file"]
+    folders = [e["name"].rstrip("/") for e in entries if e["type"] == "directory"]
+    if tars := [f for f in files if f.endswith(".tar")]:
+        return _archives(url, fs, tars)
+    deeper = [f for f in folders if _last(f) in SPLITS or _last(f) == "data"]
+    inside = [e for f in deeper for e in fs.ls(f, detail=True)]
+    if any(f.endswith(".parquet") for f in [*files, *(e["name"] for e in inside)]):
+        return _parquet(url)
+    if tars := sorted(e["name"] for e in inside if e["name"].endswith(".tar")):
+        return _archives(url, fs, tars)
+    # A part for each class folder, so that they are listed side by side.
+    classes = [e["name"].rstrip("/") for e in inside if e["type"] == "directory"]
+    parts = [f for f in folders if f not in deeper] + classes
+    if not parts:
+        raise DataError(f"{url}: no Parquet, no tars and no class folders with images there")
+    return Source(url, "files", tuple(Part(address(fs, path)) for path in sorted(parts)))
+
+
+def _archives(url: str, fs: Any, paths: Sequence[str]) -> Source:
+    """One or more tars, of which the first tells what they are."""
+    if not paths:
+        raise DataError(f"{url}: no tars of such a name")
+    first = address(fs, paths[0])
+    head = []
+    with opened(first, **HEADERS) as file:
+        for member in tar_members(file, first):
+            head.append(member)
+            if len(head) == 64:
+                break
+        if head and head[0].name.endswith(".tar"):
+            return Source(url, "tar", tuple(_inner(first, file)))
+    endings = {member.name.rpartition(".")[2].lower() for member in head}
+    splits = [_split_of(path) for path in paths]
+    if endings & set(_LABELS):
+        files = (Part(address(fs, p), split=s) for p, s in zip(paths, splits, strict=True))
+        return Source(url, "webdataset", tuple(files))
+    if len(paths) == 1:
+        return Source(url, "tar", (Part(first),))
+    # ILSVRC's outer tar, unpacked: a tar for each class.
+    return Source(url, "tar", tuple(Part(address(fs, p), label=_stem(p)) for p in paths))
+
+
+def _inner(outer: str, file: Any) -> Iterator[Part]:
+    for member in tar_members(file, outer):
+        if not member.name.endswith(".tar"):
+            raise DataError(f"{outer}: {member.name} among tars of classes; remove it")
+        yield Part(outer, member.offset, member.length, label=_stem(member.name))
+
+
+def _parquet(url: str) -> Source:
+    dataset = open_dataset(url)
+    parts = []
+    for split, shards in dataset.splits.items():
+        row = 0
+        for shard in shards:
+            parts.append(Part(shard.path, row, shard.rows, split=split))
+            row += shard.rows
+    return Source(url, "parquet", tuple(parts), dataset)
+
+
+def _parquet_rows(dataset: Dataset, part: Part) -> Iterator[tuple[Any, ...]]:
+    with parquet(part.file) as file:
+        labels = file.read(columns=[dataset.label]).column(dataset.label).to_pylist()
+    for row, label in enumerate(labels):
+        known = label is not None and 0 <= label < len(dataset.classes)
+        name = f"{_last(part.file)} row {row}"
+        told = dataset.classes[label] if known else None
+        yield part.file, part.start + row, -1, -1, -1, name, told, part.split
+
+
+def _listed(part: Part) -> Iterator[tuple[Any, ...]]:
+    base = part.file.rpartition("/")[0]
+    lines = _listed_parquet(part.file) if part.file.endswith(".parquet") else read_list(part.file)
+    for path, label, split in lines:
+        whole = path if "://" in path or path.startswith("/") else f"{base}/{path}"
+        yield whole, 0, -1, -1, -1, path, label, split
+
+
+def _listed_parquet(url: str) -> Iterator[tuple[str, str, str]]:
+    with parquet(url) as file:
+        names = file.schema_arrow.names
+        at = list_columns(names)
+        kept = [names[at[field]] for field in ("path", "label", "split") if field in at]
+        for batch in file.iter_batches(columns=kept):
+            columns = [batch.column(name).to_pylist() for name in kept]
+            for row in zip(*columns, strict=True):
+                if row[0] is None or row[1] is None:
+                    raise DataError(f"{url}: a row without path or label; fill or remove it")
+                split = str(row[2] or "") if len(row) > 2 else ""
+                yield str(row[0]), str(row[1]), SPLITS.get(split.lower(), split)
+
+
+def _files(source: Source, part: Part) -> Iterator[Found]:
+    fs, path = storage(part.file)
+    _, root = storage(source.url)
+    found = persistent(part.file, lambda: fs.find(path, detail=True))
+    for name in sorted(found):
+        inside = name.removeprefix(root).strip("/")
+        yield address(fs, name), Member(inside, 0, found[name]["size"]), None
+
+
+def _members(source: Source, part: Part) -> Iterator[Found]:
+    place = f"{part.file} {part.label}.tar" if part.length else part.file
+    with opened(part.file, **HEADERS) as file:
+        if source.kind == "zip":
+            members = zip_members(file, place)
+        else:
+            members = tar_members(file, place, part.start, part.length)
+        yield from ((part.file, member, part.label or None) for member in members)
+
+
+def _samples(part: Part) -> Iterator[Found]:
+    """WebDataset's images with the labels that stand beside them under the same key."""
+    key, label = ("", ""), None
+    held: Member | None = None
+    with opened(part.file, **HEADERS) as file:
+        for member in tar_members(file, part.file):
+            folder, _, last = member.name.rpartition("/")
+            stem, _, ending = last.partition(".")
+            if (folder, stem) != key:
+                if held:
+                    yield part.file, held, label
+                key, held, label = (folder, stem), None, None
+            if ending.lower() in _LABELS and member.length <= _MAX_LABEL:
+                file.seek(member.offset)
+                found = _label(file.read(member.length), ending.lower())
+                label = found if found is not None else label
+            elif member.name.rpartition(".")[2].lower() in ENDINGS:
+                held = member
+        if held:
+            yield part.file, held, label
+
+
+def _label(data: bytes, ending: str) -> str | None:
+    text = data.decode("utf-8", "replace").strip()
+    if ending == "cls":
+        return text or None
+    try:
+        values = json.loads(text)
+        return next(str(values[k]) for k in ("label", "cls", "class", "class_id") if k in values)
+    except (ValueError, TypeError, StopIteration):
+        return None
+
+
+def _images(found: Iterator[Found], part: Part, passed: list[str]) -> Iterator[tuple[Any, ...]]:
+    for file, member, label in found:
+        last = _last(member.name)
+        if last.startswith("._") or last.rpartition(".")[2].lower() not in ENDINGS:
+            passed.append(member.name)
+            continue
+        yield file, *member[1:], member.name, label, part.split
+
+
+def _table(rows: Iterator[tuple[Any, ...]]) -> Any:
+    tables = []
+    while some := list(islice(rows, 1 << 14)):
+        columns = zip(*some, strict=True)
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, _PLAIN, strict=True)]
+        tables.append(pa.table(arrays, schema=_PLAIN).cast(ENTRIES))
+    return pa.concat_tables(tables) if tables else ENTRIES.empty_table()
+
+
+def _paths(schema: Any) -> bool:
+    at = list_columns(schema.names)
+    kind = schema.field(at["path"]).type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _split_of(path: str) -> str:
+    words = _last(path).lower().replace("_", "-").replace(".", "-").split("-")
+    folder = path.split("/")[-2:-1]
+    return next((SPLITS[word] for word in [*words, *folder] if word in SPLITS), "")
+
+
+def _last(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _stem(path: str) -> str:
+    return _last(path).rpartition(".")[0]

@@ -1,0 +1,64 @@
+"""Work on many items, spread over the cluster by Ray Data."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import DataContext, TaskPoolStrategy
+
+from datasets import DataError
+from workers.config import UserError
+from workers.placement import await_room
+
+
+def spread(
+    function: Callable[[Any, Any], Iterator[Any]],
+    shared: Any,
+    items: Sequence[Any],
+    *,
+    workers: int | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """The values that `function(shared, item)` yields for each item, as they come, each with the
+    item's number; by as many tasks of one CPU as the cluster has room for, or `workers`.
+
+    A lost task's item is done again: its values come once. Raises DataError as a task did, and
+    UserError if the cluster has no room.
+    """
+    await_room("a worker", {"CPU": 1.0})
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = 1  # so that each value comes when it is there
+    context.execution_options.preserve_order = False
+    tables = [pa.table({"item": [i], "value": [pickle.dumps(v)]}) for i, v in enumerate(items)]
+    found = ray.data.from_blocks(tables).map_batches(
+        _call,
+        fn_kwargs={"function": function, "shared": ray.put(shared)},
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=1,
+        compute=TaskPoolStrategy(size=workers),
+    )
+    for bundle in found.iter_internal_ref_bundles():
+        for table in ray.get(bundle.block_refs):
+            for row in table.to_pylist():
+                if row["error"]:
+                    raise DataError(row["error"])
+                yield row["item"], pickle.loads(row["value"])
+
+
+def _call(block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:
+    row = block.to_pylist()[0]
+    item, error = row["item"], ""
+    try:
+        for value in function(ray.get(shared), pickle.loads(row["value"])):
+            yield pa.table({"item": [item], "value": [pickle.dumps(value)], "error": [""]})
+    except (DataError, UserError) as fault:
+        error = str(fault)
+    if error:
+        yield pa.table({"item": [item], "value": [b""], "error": [error]})
