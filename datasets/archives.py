@@ -61,7 +61,7 @@ def tar_members(
         raise DataError(f"{place}: not readable as tar ({_said(error)}); copy it again") from error
     file.seek(at)
     block = file.read(tarfile.BLOCKSIZE) if at < end else b""
-    if not block:
+    if len(block) < tarfile.BLOCKSIZE:
         raise DataError(f"{place}: has no end of archive and so is truncated; copy it again")
     if block.strip(b"\0"):
         raise DataError(f"{place}: damaged at byte {at}; copy it again")

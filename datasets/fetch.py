@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from datasets.images import MAX_BYTES
-from datasets.layout import Dataset, persistent, storage
+from datasets.layout import Dataset, passing, persistent, storage
 from datasets.rows import Rows
 
 _BATCH_BYTES = 32 << 20
@@ -67,7 +67,7 @@ def _ranges(entries: Sequence[Entry]) -> Iterator[bytes | str]:
             on_error="return",
         )
         for found in got:
-            if isinstance(found, Exception) and not isinstance(found, FileNotFoundError):
+            if isinstance(found, Exception) and passing(found):
                 raise found
         return got
 
@@ -84,8 +84,10 @@ def _bounds(entry: Entry) -> tuple[int, int]:
 def _checked(entry: Entry, data: bytes | Exception | None) -> bytes | str:
     """What was got, unpacked, if it is what the source says."""
     what = entry.name
-    if isinstance(data, Exception):
+    if isinstance(data, FileNotFoundError):
         return f"{what}: no such file {entry.file}; correct the list or add the file"
+    if isinstance(data, Exception):
+        return f"{what}: {entry.file} cannot be read ({data}); correct the source"
     if data is None or len(data) > MAX_BYTES:
         return f"{what}: more than {MAX_BYTES >> 20} MiB; is it an image?"
     if entry.packed >= 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -117,7 +116,7 @@ def persistent(what: str, call: Callable[[], T]) -> T:
         except (DataError, FileNotFoundError, PermissionError, IsADirectoryError):
             raise
         except Exception as error:
-            if not _passing(error):
+            if not passing(error):
                 raise
             last = error
         if attempt + 1 < ATTEMPTS:
@@ -126,12 +125,12 @@ def persistent(what: str, call: Callable[[], T]) -> T:
     raise DataError(f"{what}: the store failed {ATTEMPTS} times ({said}); try again later")
 
 
-def _passing(error: BaseException) -> bool:
+def passing(error: BaseException) -> bool:
     """Whether it may not happen again: what networks raise, not what a local file does."""
     if isinstance(error, (TimeoutError, ConnectionError)):
         return True
-    if isinstance(error, OSError):
-        return error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+    if isinstance(error, OSError) and error.errno is None:  # as fsspec has it for a status of HTTP
+        return True
     return type(error).__module__.split(".")[0] in ("aiohttp", "botocore", "urllib3", "requests")
 
 

@@ -18,7 +18,7 @@ from datasets.rows import Rows
 from datasets.shards import MANIFEST
 from datasets.statistics import Statistics, Sums
 
-NEAR = 1.0  # grey levels that statistics may be off: they are taken before JPEG rounds
+NEAR = 4.0  # grey levels that statistics may be off: they are taken before JPEG rounds
 
 
 @dataclass(frozen=True)
