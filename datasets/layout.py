@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -113,24 +114,28 @@ def persistent(what: str, call: Callable[[], T]) -> T:
     for attempt in range(ATTEMPTS):
         try:
             return call()
-        except (DataError, FileNotFoundError, PermissionError, IsADirectoryError):
-            raise
         except Exception as error:
             if not passing(error):
                 raise
             last = error
+            if isinstance(error, OSError) and error.errno in _TRIED:
+                break
         if attempt + 1 < ATTEMPTS:
             time.sleep(PAUSE * 2**attempt)
     said = " ".join(str(last).split())[:150] or type(last).__name__
-    raise DataError(f"{what}: the store failed {ATTEMPTS} times ({said}); try again later")
+    raise DataError(f"{what}: the store failed, again and again ({said}); try later") from last
+
+
+_TRIED = (errno.EBUSY, errno.EIO)
+"""What s3fs raises after it has itself asked a failing store again and again."""
 
 
 def passing(error: BaseException) -> bool:
     """Whether it may not happen again: what networks raise, not what a local file does."""
     if isinstance(error, (TimeoutError, ConnectionError)):
         return True
-    if isinstance(error, OSError) and error.errno is None:  # as fsspec has it for a status of HTTP
-        return True
+    if isinstance(error, OSError):
+        return error.errno in _TRIED
     return type(error).__module__.split(".")[0] in ("aiohttp", "botocore", "urllib3", "requests")
 
 
@@ -157,7 +162,8 @@ def opened(url: str, mode: str = "rb", **options: Any) -> Iterator[Any]:
 def parquet(path: str, footer: Any = None) -> Iterator[Any]:
     """The `pyarrow.parquet.ParquetFile` at a path or URL, with its `footer` if that was read.
 
-    Raises DataError, naming the file, for whatever goes wrong in reading it.
+    Raises DataError, naming the file, for whatever goes wrong in reading it but a store that fails,
+    which is for `persistent`.
     """
     try:
         fs, inner = storage(path)
@@ -171,6 +177,8 @@ def parquet(path: str, footer: Any = None) -> Iterator[Any]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; copy it there or prepare the data again") from None
     except Exception as error:  # a damaged file raises whatever Arrow stumbled on
+        if passing(error):
+            raise
         reason = " ".join(str(error).split())[:150].rstrip(".") or type(error).__name__
         raise DataError(
             f"{path}: not readable as Parquet ({reason}); copy or prepare it again"

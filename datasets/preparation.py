@@ -30,7 +30,7 @@ from datasets.statistics import Sums
 
 SHARD_BYTES = 256 << 20
 GROUP_BYTES = 2 << 20  # of images in a row group: what the stream reads at once
-GROUP_ROWS = (64, 1024)
+GROUP_ROWS = (64, 256)
 LEAST_SHARDS = 8  # if there are rows for so many, so that several workers share a small source
 SAMPLE = 64  # images that tell how large they become
 
@@ -345,8 +345,13 @@ def _bounds(plan: Preparation, split: str) -> list[tuple[int, int]]:
 
 
 def _entries(plan: Preparation, split: str, number: int) -> list[Entry]:
-    with parquet(f"{plan.url.rstrip('/')}/{WORK}/{split}.parquet") as file:
-        return _to_entries(file.read_row_group(number))
+    url = f"{plan.url.rstrip('/')}/{WORK}/{split}.parquet"
+
+    def read() -> list[Entry]:
+        with parquet(url) as file:
+            return _to_entries(file.read_row_group(number))
+
+    return persistent(url, read)
 
 
 def _to_entries(table: Any) -> list[Entry]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets import DataError
-from datasets.layout import Dataset, parquet
+from datasets.layout import Dataset, parquet, persistent
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,14 @@ class Rows:
         shard_number, index = self._locate(number)
         shard = self._shards[shard_number]
         columns = [self.dataset.image, self.dataset.label]
-        with parquet(shard.path, self._footers.get(shard_number)) as file:
-            table = file.read_row_group(index, columns=columns)
-            images, labels = (table.column(name).combine_chunks() for name in columns)
-            self._footers[shard_number] = file.metadata
+
+        def read() -> Any:
+            with parquet(shard.path, self._footers.get(shard_number)) as file:
+                self._footers[shard_number] = file.metadata
+                return file.read_row_group(index, columns=columns)
+
+        table = persistent(shard.path, read)
+        images, labels = (table.column(name).combine_chunks() for name in columns)
         if len(table) != shard.groups[index]:
             raise DataError(
                 f"{shard.path}: row group {index} has {len(table)} rows and had "

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from datasets import DataError
 from datasets.foreign import columns, numbered_classes, split_files
-from datasets.layout import Dataset, Shard, address, parquet, storage
+from datasets.layout import Dataset, Shard, address, parquet, persistent, storage
 from datasets.rows import Record, Rows
 
 __all__ = [
@@ -201,17 +201,18 @@ def _schema(classes: Sequence[str]) -> Any:
     return pa.schema(fields, {"huggingface": json.dumps({"info": {"features": features}})})
 
 
+def read_shard(path: str) -> tuple[Shard, Any]:
+    """A file's shard and schema, as its footer has them."""
+    with parquet(path) as file:
+        meta = file.metadata
+        groups = (meta.row_group(i).num_rows for i in range(meta.num_row_groups))
+        return Shard(path, tuple(groups)), file.schema_arrow
+
+
 def _footers(paths: Sequence[str]) -> list[tuple[Shard, Any]]:
     """Each file's shard and schema. Far away footers take long, so many are asked for at once."""
-
-    def footer(path: str) -> tuple[Shard, Any]:
-        with parquet(path) as file:
-            meta = file.metadata
-            groups = (meta.row_group(i).num_rows for i in range(meta.num_row_groups))
-            return Shard(path, tuple(groups)), file.schema_arrow
-
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(footer, paths))
+        return list(pool.map(lambda path: persistent(path, lambda: read_shard(path)), paths))
 
 
 def _foreign(root: str, files: dict[str, list[str]]) -> Dataset:

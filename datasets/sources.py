@@ -78,11 +78,15 @@ def find_source(url: str) -> Source:
 
     Raises DataError if nothing is there, or nothing that images are taken from.
     """
+    return persistent(url, lambda: _find(url))
+
+
+def _find(url: str) -> Source:
     fs, root = storage(url)
     if "*" in root:
-        files = sorted(persistent(url, lambda: fs.glob(root)))
+        files = sorted(fs.glob(root))
         return _archives(url, fs, [f for f in files if f.endswith(".tar")])
-    if not persistent(url, lambda: fs.exists(root)):
+    if not fs.exists(root):
         raise DataError(f"{url}: no such file or folder")
     if fs.isdir(root):
         return _folder(url, fs, root)
@@ -108,6 +112,10 @@ def scan(source: Source, part: Part) -> tuple[Any, list[str]]:
     """The images of one part as a table of `ENTRIES`, and the names of files that were passed by
     because they are none. Raises DataError, naming the place, for damage.
     """
+    return persistent(part.file, lambda: _scan(source, part))
+
+
+def _scan(source: Source, part: Part) -> tuple[Any, list[str]]:
     if source.kind == "parquet":
         assert source.dataset
         return _table(_parquet_rows(source.dataset, part)), []
@@ -125,7 +133,7 @@ def scan(source: Source, part: Part) -> tuple[Any, list[str]]:
 
 def _folder(url: str, fs: Any, root: str) -> Source:
     """A folder: looks at what lies in it, or in its folders that are named like splits."""
-    entries = sorted(persistent(url, lambda: fs.ls(root, detail=True)), key=lambda e: e["name"])
+    entries = sorted(fs.ls(root, detail=True), key=lambda e: e["name"])
     files = [e["name"] for e in entries if e["type"] == "file"]
     folders = [e["name"].rstrip("/") for e in entries if e["type"] == "directory"]
     if tars := [f for f in files if f.endswith(".tar")]:
@@ -221,7 +229,7 @@ def _listed_parquet(url: str) -> Iterator[tuple[str, str, str]]:
 def _files(source: Source, part: Part) -> Iterator[Found]:
     fs, path = storage(part.file)
     _, root = storage(source.url)
-    found = persistent(part.file, lambda: fs.find(path, detail=True))
+    found = fs.find(path, detail=True)
     for name in sorted(found):
         inside = name.removeprefix(root).strip("/")
         yield address(fs, name), Member(inside, 0, found[name]["size"]), None

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from datasets import DataError
 from datasets.images import decode, fit
-from datasets.layout import Dataset, parquet, storage
+from datasets.layout import Dataset, persistent, storage
 from datasets.rows import Rows
-from datasets.shards import MANIFEST
+from datasets.shards import MANIFEST, read_shard
 from datasets.statistics import Statistics, Sums
 
 NEAR = 4.0  # grey levels that statistics may be off: they are taken before JPEG rounds
@@ -45,9 +45,7 @@ def check_shard(dataset: Dataset, item: tuple[str, int]) -> Iterator[Checked]:
     rows = Rows(dataset, split, cache_groups=1)
     sums = Sums(dataset.size) if split == "train" and dataset.size else None
     try:
-        with parquet(shard.path) as file:
-            meta = file.metadata
-            found = tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
+        found = persistent(shard.path, lambda: read_shard(shard.path)[0]).groups
         if found != shard.groups:
             raise DataError(
                 f"{shard.path}: {sum(found)} rows in {len(found)} row groups, {shard.rows} in "
@@ -156,7 +154,13 @@ def _statistics(dataset: Dataset, sums: Sums | None) -> Iterator[str]:
     """Whether the statistics beside the shards are those of the training images."""
     fs, root = storage(dataset.root)
     url = f"{dataset.root}/statistics.npz"
-    if not sums or not sums.images or not fs.exists(f"{root}/statistics.npz"):
+    # Where rows are bad, what is left has other statistics.
+    if (
+        not sums
+        or not sums.images
+        or sums.images < dataset.rows("train")
+        or not fs.exists(f"{root}/statistics.npz")
+    ):
         return
     try:
         kept, true = Statistics.load(url), sums.finish()

@@ -10,6 +10,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from datasets import DataError
+from datasets.layout import passing
 from workers.config import Config, UserError, configure, locate
 
 PREPARE = ("size", "quality", "keep", "holdout", "seed", "on_error")
@@ -30,12 +31,17 @@ def main(argv: list[str] | None = None) -> int:
     except RunFailed as error:
         print(f"towers: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("towers: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if not passing(error):
+            raise
+        print(f"towers: a store failed, again and again: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("towers: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -42,7 +42,7 @@ def spread(
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=1,
-        compute=TaskPoolStrategy(size=workers),
+        compute=TaskPoolStrategy(size=min(workers, len(items)) if workers else None),
     )
     for bundle in found.iter_internal_ref_bundles():
         for table in ray.get(bundle.block_refs):
