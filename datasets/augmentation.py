@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets import DataError
-from datasets.images import Pixels, decode, fit
+from datasets.images import Pixels, decode
 from datasets.layout import Dataset
 from datasets.randomness import stream
 from datasets.rows import Rows
@@ -173,7 +173,7 @@ class Loader:
         kept = 0
         for record in self._source.read(rows, faults if skip else None):
             try:
-                pixels = self._pixels(record.image, record.place)
+                pixels = decode(record.image, record.place, self.aug.size, least=crop)
             except DataError as error:
                 if not skip:
                     raise
@@ -193,15 +193,6 @@ class Loader:
             for name in ("crops", "labels", "shifts", "rows"):
                 setattr(batch, name, getattr(batch, name)[:kept])
         return batch
-
-    def _pixels(self, data: bytes, place: str) -> Pixels:
-        pixels = decode(data, place)
-        if min(pixels.shape[:2]) < self.aug.crop:
-            raise DataError(
-                f"{place}: the image of {pixels.shape[1]}x{pixels.shape[0]} pixels is smaller than "
-                f"the crop of {self.aug.crop}; replace or remove it"
-            )
-        return fit(pixels, self.aug.size)
 
 
 def _check(pixels: Pixels, crop: int) -> None:

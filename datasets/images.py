@@ -30,13 +30,64 @@ ORIENTATION = 0x0112
 """The EXIF tag that says how the camera was held."""
 
 
-def decode(data: bytes, place: str) -> Pixels:
-    """The image in `data` (one of `FORMATS`) as uint8 [H, W, 3] RGB.
+def decode(data: bytes, place: str, size: int | None = None, *, least: int = 0) -> Pixels:
+    """The image in `data` (one of `FORMATS`) as uint8 [H, W, 3] RGB; fitted to `size` if given.
 
     Grey, palette, CMYK and 16-bit images become RGB, transparency lies on black, the EXIF
     orientation is applied, and of a moving image the first frame counts. Raises DataError, naming
-    `place`, if the bytes don't decode or the image is absurdly large (a decompression bomb).
+    `place`, if the bytes don't decode, the image is absurdly large (a decompression bomb), or a
+    side has less than `least` pixels.
     """
+    image = _rgb(data, place)
+    if min(image.size) < least:
+        raise DataError(
+            f"{place}: the image of {image.width}x{image.height} pixels is smaller than the crop "
+            f"of {least}; replace or remove it"
+        )
+    return np.asarray(image if size is None else fit(image, size))
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """The centre of an image, its shorter side scaled to `size`: `size` pixels each way.
+
+    Scaling is bicubic and antialiased, upwards too. The image itself comes back if it fits.
+    """
+    if image.size == (size, size):
+        return image
+    short = min(image.size)
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    # Only what is kept is scaled, however long the longer side is.
+    box = (left, top, left + short, top + short)
+    if short == size:
+        return image.crop(box)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box)
+
+
+def standard(data: bytes, place: str, size: int, quality: int) -> tuple[bytes, Pixels]:
+    """An encoded image as it goes into a shard, and its pixels, uint8 [size, size, 3].
+
+    One that has that size already stays as it is, else it is fitted and encoded with `quality`.
+    Raises DataError, naming `place`, if it does not decode.
+    """
+    image = _rgb(data, place)
+    if image.size == (size, size):
+        return data, np.asarray(image)
+    image = fit(image, size)
+    return _jpeg(image, quality), np.asarray(image)
+
+
+def encode(pixels: Pixels, quality: int = 95) -> bytes:
+    """`pixels` uint8 [H, W, 3] as a JPEG of `quality` 1 to 100."""
+    return _jpeg(Image.fromarray(pixels), quality)
+
+
+def _jpeg(image: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _rgb(data: bytes, place: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -44,7 +95,8 @@ def decode(data: bytes, place: str) -> Pixels:
             with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 # Pillow asks the file for its EXIF in ways that cost time; most shards have none.
                 upright = ImageOps.exif_transpose(image) if _turned(image) else image
-                return np.asarray(_to_rgb(upright))
+                upright.load()
+                return _to_rgb(upright)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(
             f"{place}: the image has more than {Image.MAX_IMAGE_PIXELS} pixels; "
@@ -56,42 +108,6 @@ def decode(data: bytes, place: str) -> Pixels:
             f"{place}: the image ({len(data)} bytes) does not decode ({reason}); "
             "replace or remove it"
         ) from error
-
-
-def fit(pixels: Pixels, size: int) -> Pixels:
-    """The centre of `pixels` uint8 [H, W, 3], its shorter side scaled to `size`: [size, size, 3].
-
-    Scaling is bicubic and antialiased, upwards too. What needs no scaling comes back as a view.
-    """
-    height, width = pixels.shape[:2]
-    short = min(height, width)
-    top, left = (height - short) // 2, (width - short) // 2
-    if short == size:
-        return pixels[top : top + size, left : left + size]
-    # Only what is kept is scaled, however long the longer side is.
-    box = (left, top, left + short, top + short)
-    image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box)
-    return np.asarray(image)
-
-
-def standard(data: bytes, place: str, size: int, quality: int) -> tuple[bytes, Pixels]:
-    """An encoded image as it goes into a shard, and its pixels, uint8 [size, size, 3].
-
-    One that has that size already stays as it is, else it is fitted and encoded with `quality`.
-    Raises DataError, naming `place`, if it does not decode.
-    """
-    pixels = decode(data, place)
-    if pixels.shape[:2] == (size, size):
-        return data, pixels
-    pixels = fit(pixels, size)
-    return encode(pixels, quality), pixels
-
-
-def encode(pixels: Pixels, quality: int = 95) -> bytes:
-    """`pixels` uint8 [H, W, 3] as a JPEG of `quality` 1 to 100."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
 
 
 @cache

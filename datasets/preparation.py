@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from datasets import DataError
 from datasets.assignment import classes_of, codes_of, labels_of, order_of, splits_of
 from datasets.fetch import Entry, fetch
-from datasets.images import decode, fit, standard
+from datasets.images import decode, standard
 from datasets.layout import Dataset, Shard, address, parquet, persistent, storage
 from datasets.shards import MANIFEST, WORK, Encoded, row_groups, write_manifest, write_shard
 from datasets.sources import Source
@@ -289,7 +289,7 @@ def _mean_bytes(plan: Preparation, table: Any, orders: dict[str, NDArray[np.int6
 
 def _image(data: bytes, name: str, options: Options) -> tuple[bytes, Any]:
     if options.keep:
-        return data, fit(decode(data, name), options.size)
+        return data, decode(data, name, options.size)
     return standard(data, name, options.size, options.quality)
 
 

@@ -103,6 +103,11 @@ def _find(url: str) -> Source:
             if list_columns(file.schema_arrow.names) and _paths(file.schema_arrow):
                 return Source(url, "list", (Part(place),))
         return _parquet(url)
+    if ending in ("gz", "tgz", "bz2", "xz", "zst"):
+        raise DataError(
+            f"{url}: compressed as a whole, so that no image can be read alone; decompress it "
+            "first (photographs are not smaller for it)"
+        )
     raise DataError(
         f"{url}: no source of images; a tar or zip, a folder, Parquet, or a CSV list is"
     )

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets import DataError
-from datasets.images import Pixels, decode, fit
+from datasets.images import Pixels, decode
 from datasets.layout import Dataset, storage
 from datasets.rows import Rows
 
@@ -156,7 +156,7 @@ def sums_of_groups(
     for group in groups:
         for record in rows.read(np.arange(bounds[group], bounds[group + 1]), faults):
             try:
-                sums.add(fit(decode(record.image, record.place), size))
+                sums.add(decode(record.image, record.place, size))
             except DataError:
                 if faults is None:
                     raise

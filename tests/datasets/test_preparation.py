@@ -289,6 +289,7 @@ def test_a_very_long_image_takes_little_memory(tmp_path: Path) -> None:
         ("x.csv", b"path,label\na.jpg,\n", "x.csv line 2: an empty path or label"),
         ("x.csv", b"path,label\nnone.jpg,1\nnone2.jpg,2\n", "no such file .*none"),
         ("x.tar", made.tar_bytes([("1.jpg", b"x")]), "1.jpg: in no class folder; say what images"),
+        ("x.tar.gz", b"x", "compressed as a whole, so that no image can be read alone"),
         ("x.mp4", b"x", "no source of images; a tar or zip"),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets import DataError
-from datasets.images import decode, encode, fit
+from datasets.images import decode, encode
 from datasets.shards import open_dataset, write_manifest, write_split
 from datasets.statistics import Statistics, Sums, sums_of_groups
 
@@ -111,5 +111,5 @@ def test_sums_of_groups_add_up(tmp_path: Path) -> None:
         part = sums_of_groups(dataset, "train", 8, range(group, group + 1), on_error="skip")
         merged.merge(part)
     assert merged.images == 7
-    want = total(np.stack([fit(decode(d, ""), 8) for d in data]))
+    want = total(np.stack([decode(d, "", 8) for d in data]))
     assert same(merged.finish(), want.finish())
