@@ -89,11 +89,11 @@ def _tensors(tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> dict[str,
         if mesh is None:
             return local
         shape = torch.Size((sizes[name.split(".")[0]], *local.shape[1:]))
-        # Replicas hold copies, the towers of a pair halves; a stage of one rank changes nothing.
+        # Replicas hold copies, the towers of a pair halves; other stages have other layers.
         return DTensor.from_local(
             local,
-            mesh,
-            [Replicate(), Replicate(), Shard(0)],
+            mesh["replica", "tower"],
+            [Replicate(), Shard(0)],
             run_check=False,
             shape=shape,
             stride=torch.empty(shape, device="meta").stride(),

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the command line reads this module too, and torch takes seconds
     from torch.distributed.device_mesh import DeviceMesh
 
+    from pipeline.schedule import Line
+
 AXES = ("replica", "stage", "tower")
 
 
@@ -25,8 +27,8 @@ class Mesh:
     def __post_init__(self) -> None:
         if self.replicas < 1:
             raise ValueError(f"replicas is {self.replicas}: at least 1")
-        if self.stages != 1:
-            raise ValueError(f"stages is {self.stages}: only 1 is built yet")
+        if self.stages < 1:
+            raise ValueError(f"stages is {self.stages}: at least 1")
         if self.towers not in (1, 2):
             raise ValueError(f"towers is {self.towers}: 1 or 2")
 
@@ -61,6 +63,23 @@ class Mesh:
         return init_device_mesh(
             device, (self.replicas, self.stages, self.towers), mesh_dim_names=AXES
         )
+
+    def line(self, groups: DeviceMesh | None) -> Line | None:
+        """The stages that this rank exchanges with; None if there is one stage. A collective."""
+        if groups is None or self.stages == 1:
+            return None
+        import torch.distributed as dist
+
+        from pipeline.schedule import Line
+
+        ranks = range(self.size)
+        lines: dict[tuple[int, int], list[int]] = {}
+        for rank in ranks:
+            replica, _, tower = self.place(rank)
+            lines.setdefault((replica, tower), []).append(rank)
+        up = dist.new_subgroups_by_enumeration(list(lines.values()))[0]
+        assert up
+        return Line(groups.get_group("stage"), up)
 
     def __str__(self) -> str:
         return f"{self.replicas}x{self.stages}x{self.towers}"

@@ -6,6 +6,7 @@ the authors' code of 2012, `layers/layers-145.cfg` with its parameter file ("sou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -131,6 +132,14 @@ class Network:
             fan_in //= self.columns
         kernel = (layer.kernel, layer.kernel) if layer.kind == "conv" else ()
         return (layer.maps, fan_in, *kernel)
+
+    def multiply_adds(self, index: int) -> int:
+        """Of layer `index` for one image, forward: its products, not activation or pooling."""
+        layer, positions = self.layers[index], 1
+        if layer.kind == "conv":
+            side = self.inputs(index).side + sum(layer.padding) - layer.kernel
+            positions = (side // layer.stride + 1) ** 2
+        return math.prod(self.weight_shape(index)) * positions
 
     def reads_all(self, index: int) -> bool:
         """Whether a column of layer `index` reads all that enters: the image, or a crossing."""

@@ -37,8 +37,8 @@ class Tower(nn.Module):
 
     Every parameter is this tower's share, along dimension 0, of the whole network's, drawn from
     `seed` by its name alone, so that shares of one seed always fit together. `compute` is the
-    dtype of convolutions and products (parameters stay `dtype`). Raises ValueError if the network
-    has fewer columns than towers.
+    dtype of convolutions and products (parameters stay `dtype`). `layers` are those of a pipeline
+    stage, all if it is None. Raises ValueError if the network has fewer columns than towers.
     """
 
     def __init__(
@@ -50,26 +50,39 @@ class Tower(nn.Module):
         tower: int = 0,
         dtype: torch.dtype = torch.float32,
         compute: torch.dtype | None = None,
+        layers: range | None = None,
     ) -> None:
         super().__init__()
         if network.columns % towers:
             raise ValueError(f"{towers} towers of a network with {network.columns} column")
         self.network = network
         self.compute = compute or dtype
+        self.layers = layers if layers is not None else range(len(network.layers))
+        self.towers = towers
         self.blocks = nn.ModuleDict(
             {
-                layer.name: Block(network, index, seed, towers, tower, dtype)
-                for index, layer in enumerate(network.layers)
+                network.layers[index].name: Block(network, index, seed, towers, tower, dtype)
+                for index in self.layers
             }
         )
         self.first_class = share(network.classes, towers, tower)[0]
 
     def forward(self, x: Tensor, pair: Pair | None, dropout: Dropout | None = None) -> Tensor:
-        """[n, 3, crop, crop] -> logits [n, own classes]; without `dropout`, nothing is dropped."""
+        """Pixels [n, 3, crop, crop], or what the stage before made, to logits [n, own classes] or
+        to what the next stage reads; without `dropout`, nothing is dropped.
+        """
         x = x.to(self.compute)
         for block in self.blocks.values():
             x = block(x, pair, dropout)
         return x
+
+    def input_shape(self, n: int) -> tuple[int, ...]:
+        """Of what this tower reads from its stage before, for n images."""
+        first = self.layers.start
+        shape = self.network.inputs(first)
+        maps = shape.maps // self.towers
+        full = first > 0 and self.network.layers[first - 1].kind == "full"
+        return (n, maps) if full else (n, maps, shape.side, shape.side)
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Parameters by their names in the whole network: conv1.weight, conv1.bias, ..."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.crossing import Pair
 from pipeline.loss import cross_entropy
 from pipeline.optimizer import SGD
+from pipeline.schedule import Averager, Kind, Line, order
 from pipeline.tower import Dropout, Tower
 
 
@@ -31,6 +32,11 @@ class Images:
     labels: Tensor
     shifts: Tensor
     places: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """How many images."""
+        return len(self.labels if self.places is None else self.places)
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,9 @@ class Trainer:
     """Steps a tower together with the ranks of its pair and its replicas.
 
     `mean` float32 [crop, crop, 3] is subtracted from the pixels (0 to 255), then `scale` multiplies
-    them. Gradients are those of the mean loss over the global batch, whatever its micro-batches and
-    replicas.
+    them. Gradients are those of the mean loss over the global batch, whatever its micro-batches,
+    stages (`line`) and replicas. Only the first stage needs crops, only the last labels; all need
+    to know how many images there are and their places.
     """
 
     def __init__(
@@ -78,12 +85,19 @@ class Trainer:
         scale: float = 1.0,
         pair: Pair | None = None,
         replicas: dist.ProcessGroup | None = None,
+        line: Line | None = None,
         microbatches: int = 1,
+        schedule: Kind = "1f1b",
     ) -> None:
         self.tower, self.optimizer, self.pair = tower, optimizer, pair
         self.replicas = replicas if replicas and replicas.size() > 1 else None
         self.seed, self.scale, self.microbatches = seed, scale, microbatches
+        self.line, self.schedule = line, schedule
+        self.stage, self.stages = (line.stage, line.stages) if line else (0, 1)
+        self.first, self.last = self.stage == 0, self.stage == self.stages - 1
+        self.averager = Averager(list(tower.parameters()), self.replicas) if self.replicas else None
         self.device = next(tower.parameters()).device
+        self._like = torch.empty(0, dtype=tower.compute, device=self.device)
         # The dtype of the weights, so that a float64 tower is float64 from its pixels on.
         self.mean = mean.to(self.device, next(tower.parameters()).dtype)
 
@@ -101,48 +115,77 @@ class Trainer:
     def gradients(self, images: Images, step: int) -> Totals:
         """Sets the gradient of every parameter to that of the global batch's mean loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        count = int(self._over_replicas(torch.tensor([len(images.labels)], device=self.device)))
-        totals = torch.zeros(4, dtype=torch.float64, device=self.device)
-        places = torch.arange(len(images.labels)) if images.places is None else images.places
-        end = 0
-        for part in places.to(self.device).chunk(self.microbatches) if len(places) else ():
-            start, end = end, end + len(part)
-            loss, sums = self._forward(images, start, end, Dropout(self.seed, step, part))
-            (loss / count).backward()
-            totals += sums
-        if self.replicas:
-            # Every rank in the table's order, also one that had no image of a short last batch.
-            for p in self.tower.parameters():
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
-                self._over_replicas(p.grad)
-        return self._totals(totals)
+        count = int(self._over_replicas(torch.tensor([images.count], device=self.device)))
+        parts = self._parts(images)
+        sums, kept = self._zeros(), dict[int, tuple[Tensor, Tensor]]()
+        for action, m in order(self.schedule, self.stage, self.stages, len(parts)):
+            if action == "forward":
+                start, end, places = parts[m]
+                dropout = Dropout(self.seed, step, places)
+                x, y, some = self._forward(images, start, end, dropout)
+                sums += some
+                kept[m] = x, y / count if self.last else y
+                continue
+            if self.averager and m == len(parts) - 1:
+                self.averager.arm()
+            x, y = kept.pop(m)
+            if self.line and not self.last:
+                torch.autograd.backward(y, self.line.receive_gradient(y))
+            else:
+                y.backward()
+            if self.line and not self.first:
+                assert x.grad is not None
+                self.line.send_gradient(x.grad)
+        if self.averager:
+            self.averager.finish()
+        return self._totals(sums)
 
     @torch.no_grad()
     def evaluate(self, images: Images) -> Totals:
         """The totals of a global batch without dropout; weights and gradients stay."""
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        if n := len(images.labels):
-            sums += self._forward(images, 0, n, None)[1]
+        sums = self._zeros()
+        for start, end, _ in self._parts(images):
+            sums += self._forward(images, start, end, None)[2]
         return self._totals(sums)
+
+    def _parts(self, images: Images) -> list[tuple[int, int, Tensor]]:
+        """Start, end and places of each micro-batch; none of a batch without images."""
+        places = torch.arange(images.count) if images.places is None else images.places
+        parts, end = [], 0
+        for part in places.to(self.device).chunk(self.microbatches) if len(places) else ():
+            start, end = end, end + len(part)
+            parts.append((start, end, part))
+        return parts
 
     def _forward(
         self, images: Images, start: int, end: int, dropout: Dropout | None
-    ) -> tuple[Tensor, Tensor]:
-        x, labels = self._pixels(images, start, end)
-        logits = self.tower(x, self.pair, dropout)
-        loss, ranks = cross_entropy(logits, labels, self.tower.first_class, self.pair)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What this stage read, what it made (the last one: the summed loss), and its sums."""
+        if self.line and not self.first:
+            x = self.line.receive(self.tower.input_shape(end - start), self._like)
+            x.requires_grad_(torch.is_grad_enabled())
+        else:
+            x = self._pixels(images, start, end)
+        y = self.tower(x, self.pair, dropout)
+        if self.line and not self.last:
+            self.line.send(y.detach())
+            return x, y, self._zeros()
+        labels = images.labels[start:end].to(self.device, non_blocking=True)
+        loss, ranks = cross_entropy(y, labels, self.tower.first_class, self.pair)
         wrong1, wrong5 = (ranks >= 1).sum(), (ranks >= 5).sum()
-        return loss, torch.stack([loss.new_tensor(end - start), loss.detach(), wrong1, wrong5])
+        sums = torch.stack([loss.new_tensor(end - start), loss.detach(), wrong1, wrong5])
+        return x, loss, sums
 
-    def _pixels(self, images: Images, start: int, end: int) -> tuple[Tensor, Tensor]:
+    def _zeros(self) -> Tensor:
+        return torch.zeros(4, dtype=torch.float64, device=self.device)
+
+    def _pixels(self, images: Images, start: int, end: int) -> Tensor:
         """[n, 3, crop, crop] in channels-last layout, mean taken off and colour shifted."""
-        crops, labels, shifts = (
-            t[start:end].to(self.device, non_blocking=True)
-            for t in (images.crops, images.labels, images.shifts)
+        crops, shifts = (
+            t[start:end].to(self.device, non_blocking=True) for t in (images.crops, images.shifts)
         )
         offset = shifts.to(self.mean.dtype)[:, None, None, :] - self.mean
-        return (offset + crops).mul_(self.scale).permute(0, 3, 1, 2), labels
+        return (offset + crops).mul_(self.scale).permute(0, 3, 1, 2)
 
     def _over_replicas(self, x: Tensor) -> Tensor:
         if self.replicas:
@@ -150,5 +193,8 @@ class Trainer:
         return x
 
     def _totals(self, sums: Tensor) -> Totals:
+        if self.line:
+            self.line.finish()
+            self.line.sum_(sums)
         images, loss, wrong1, wrong5 = self._over_replicas(sums).tolist()
         return Totals(int(images), loss, int(wrong1), int(wrong5))

@@ -27,3 +27,19 @@ def four() -> Iterator[Ranks]:
     ranks = Ranks(4)
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def eight() -> Iterator[Ranks]:
+    """Eight ranks."""
+    ranks = Ranks(8)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def six() -> Iterator[Ranks]:
+    """Six ranks."""
+    ranks = Ranks(6)
+    yield ranks
+    ranks.stop()

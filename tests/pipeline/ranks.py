@@ -29,6 +29,8 @@ from pipeline.crossing import Pair
 from pipeline.mesh import Mesh
 from pipeline.network import Network
 from pipeline.optimizer import SGD
+from pipeline.schedule import Kind, Line
+from pipeline.schedule import cut as cut_network
 from pipeline.tower import Tower
 from pipeline.training import Images, Totals, Trainer
 
@@ -132,10 +134,20 @@ def pair_of(mesh: Mesh) -> Pair | None:
     return Pair(groups.get_group("tower")) if groups and mesh.towers == 2 else None
 
 
+@cache
+def line_of(mesh: Mesh) -> Line | None:
+    return mesh.line(devices(mesh))
+
+
 def this_rank(mesh: Mesh) -> tuple[int, int]:
     """(replica, tower) of this process."""
-    replica, _, tower = mesh.place(dist.get_rank() if mesh.size > 1 else 0)
+    replica, _, tower = place(mesh)
     return replica, tower
+
+
+def place(mesh: Mesh) -> tuple[int, int, int]:
+    """(replica, stage, tower) of this process."""
+    return mesh.place(dist.get_rank() if mesh.size > 1 else 0)
 
 
 def batch(network: Network, n: int, seed: int = 0) -> Images:
@@ -155,6 +167,14 @@ def cut(images: Images, start: int, end: int) -> Images:
     return Images(crops, labels, shifts, torch.arange(start, start + len(labels)))
 
 
+def seen(images: Images, trainer: Trainer) -> Images:
+    """What a stage gets of a batch: pixels the first alone, labels the last alone."""
+    places = torch.arange(images.count) if images.places is None else images.places
+    crops = images.crops if trainer.first else images.crops[:0]
+    labels = images.labels if trainer.last else images.labels[:0]
+    return Images(crops, labels, images.shifts if trainer.first else images.shifts[:0], places)
+
+
 def mean_image(network: Network) -> Tensor:
     shape = (network.crop, network.crop, 3)
     return 120 + 10 * torch.rand(shape, generator=torch.Generator().manual_seed(9))
@@ -169,6 +189,8 @@ def make_trainer(
     microbatches: int = 1,
     scale: float = 1 / 64,
     rate: float = 0.01,
+    cuts: Sequence[str] = (),
+    schedule: Kind = "1f1b",
 ) -> Trainer:
     """This rank's trainer, as the tower actors of a run make theirs."""
     tower = Tower(
@@ -178,6 +200,7 @@ def make_trainer(
         tower=this_rank(mesh)[1],
         dtype=dtype,
         compute=compute,
+        layers=cut_network(network, mesh.stages, cuts)[place(mesh)[1]],
     )
     groups = devices(mesh)
     return Trainer(
@@ -188,7 +211,9 @@ def make_trainer(
         scale=scale,
         pair=pair_of(mesh),
         replicas=groups.get_group("replica") if groups else None,
+        line=line_of(mesh),
         microbatches=microbatches,
+        schedule=schedule,
     )
 
 
@@ -203,15 +228,16 @@ def gradients(
     trainer = make_trainer(network, mesh, **options or {})
     replica = this_rank(mesh)[0]
     part = cut(images, *cuts[replica : replica + 2]) if cuts else images
-    totals = trainer.gradients(part, step=7)
+    totals = trainer.gradients(seen(part, trainer), step=7)
     found = {name: p.grad for name, p in trainer.tower.weights().items()}
     assert all(g is not None for g in found.values())
     return totals, {name: g for name, g in found.items() if g is not None}
 
 
 def joined(shares: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The whole network's tensors from those of its towers."""
-    return {name: torch.cat([share[name] for share in shares]) for name in shares[0]}
+    """The whole network's tensors from those of one replica's stages and towers, in order."""
+    names = dict.fromkeys(name for share in shares for name in share)
+    return {name: torch.cat([s[name] for s in shares if name in s]) for name in names}
 
 
 def error(got: Tensor, want: Tensor, least: float = 0.0) -> float:

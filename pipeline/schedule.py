@@ -1,0 +1,191 @@
+"""Pipeline stages: where a network is cut, in which order micro-batches go through, and the sends.
+
+`torch.distributed.pipelining` would do it for batches that divide into equal micro-batches, always
+of one shape. Here the last batch of an epoch is trained on whatever its size, and evaluation has
+other sizes again, so stages exchange tensors whose shapes follow from the table and the count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.network import Network
+
+Kind = Literal["1f1b", "gpipe"]
+Action = tuple[Literal["forward", "backward"], int]
+
+
+def cut(network: Network, stages: int, names: Sequence[str] = ()) -> tuple[range, ...]:
+    """The layers of each stage: cut before the layers called `names`, else balanced.
+
+    Balanced means that the stage with the most multiply-adds has as few as can be. Raises
+    ValueError, with the numbers, for more stages than layers and for a name that is no cut.
+    """
+    layers = [layer.name for layer in network.layers]
+    if names:
+        for name in names:
+            if name not in layers[1:]:
+                raise ValueError(f"cuts has {name!r}: one of {', '.join(layers[1:])}")
+        starts = [0, *sorted({layers.index(name) for name in names})]
+        if len(starts) != stages:
+            raise ValueError(f"stages is {stages}: {len(starts)} by cuts {','.join(names)}")
+    else:
+        if stages > len(layers):
+            raise ValueError(f"stages is {stages}: {network.name} has {len(layers)} layers")
+        costs = tuple(network.multiply_adds(index) for index in range(len(layers)))
+        starts = list(_balanced(costs, 0, stages)[1])
+    ends = [*starts[1:], len(layers)]
+    return tuple(range(start, end) for start, end in zip(starts, ends, strict=True))
+
+
+@cache
+def _balanced(costs: tuple[int, ...], start: int, stages: int) -> tuple[int, tuple[int, ...]]:
+    """The least cost of the dearest of so many stages from `start` on, and their starts."""
+    if stages == 1:
+        return sum(costs[start:]), (start,)
+    best: tuple[int, tuple[int, ...]] | None = None
+    for end in range(start + 1, len(costs) - stages + 2):
+        rest, starts = _balanced(costs, end, stages - 1)
+        found = max(sum(costs[start:end]), rest), (start, *starts)
+        best = min(best, found) if best else found
+    assert best
+    return best
+
+
+def order(kind: Kind, stage: int, stages: int, microbatches: int) -> list[Action]:
+    """What a stage does, in turn, in a training step.
+
+    gpipe: all forwards, then all backwards. 1f1b (one forward, one backward; Narayanan et al.
+    2019): as many forwards as there are stages after this one, then one of each in turn, so that no
+    stage keeps more micro-batches than stages follow it, itself included.
+    """
+    ahead = microbatches if kind == "gpipe" else min(microbatches, stages - stage - 1)
+    actions: list[Action] = [("forward", m) for m in range(ahead)]
+    for m in range(ahead, microbatches):
+        actions += [("forward", m), ("backward", m - ahead)]
+    return actions + [("backward", m) for m in range(microbatches - ahead, microbatches)]
+
+
+class Line:
+    """The stages of one replica and tower, as ranks of `down` (activations) and `up` (gradients).
+
+    Two groups over the same ranks, so that on a GPU neither direction waits for the other's turn.
+    `waited` (seconds that this rank stood still for another stage) and `bytes_sent` add up.
+    """
+
+    def __init__(self, down: dist.ProcessGroup, up: dist.ProcessGroup) -> None:
+        self.down, self.up = down, up
+        self.stage, self.stages = down.rank(), down.size()
+        self.waited, self.bytes_sent = 0.0, 0
+        self._sent: list[tuple[Any, Tensor]] = []
+
+    @property
+    def first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    def send(self, x: Tensor) -> None:
+        """Starts sending an activation to the next stage."""
+        self._send(x, self.down, self.stage + 1)
+
+    def send_gradient(self, x: Tensor) -> None:
+        """Starts sending a gradient to the stage before."""
+        self._send(x, self.up, self.stage - 1)
+
+    def receive(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An activation of the stage before, of this shape, in the dtype and place of `like`."""
+        return self._receive(shape, like, self.down, self.stage - 1)
+
+    def receive_gradient(self, like: Tensor) -> Tensor:
+        """The gradient of `like` from the next stage."""
+        return self._receive(tuple(like.shape), like, self.up, self.stage + 1)
+
+    def finish(self) -> None:
+        """Waits until all that was sent is gone, so that the memory may be used again."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """All-reduce in place over the stages."""
+        dist.all_reduce(x, group=self.down)
+        return x
+
+    def _send(self, x: Tensor, group: dist.ProcessGroup, to: int) -> None:
+        flat = _channels_last(x).contiguous()
+        self._sent.append((dist.isend(flat, group=group, group_dst=to), flat))
+        self.bytes_sent += flat.nbytes
+
+    def _receive(
+        self, shape: tuple[int, ...], like: Tensor, group: dist.ProcessGroup, source: int
+    ) -> Tensor:
+        start = time.perf_counter()
+        if len(shape) == 4:
+            shape = (shape[0], shape[2], shape[3], shape[1])
+        x = torch.empty(shape, dtype=like.dtype, device=like.device)
+        work = dist.irecv(x, group=group, group_src=source)
+        assert work
+        work.wait()
+        self.waited += time.perf_counter() - start
+        return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Images as [n, h, w, maps], as they lie in memory."""
+    return x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+
+
+class Averager:
+    """Adds up gradients over replicas while backward still runs.
+
+    Each all-reduce starts once its gradient is complete, in the same order on every replica.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], group: dist.ProcessGroup) -> None:
+        self.group = group
+        self._order = list(reversed(parameters))
+        self._armed = False
+        self._ready: set[torch.nn.Parameter] = set()
+        self._works: list[Any] = []
+        for p in parameters:
+            p.register_post_accumulate_grad_hook(self._complete)
+
+    def arm(self) -> None:
+        """The next backward is the step's last: gradients are complete as they come."""
+        self._armed = True
+
+    def finish(self) -> None:
+        """Waits for all; a replica that had no image takes part with zeros."""
+        for p in self._order:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            self._ready.add(p)
+        self._start()
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+        self._ready.clear()
+        self._armed = False
+
+    def _complete(self, p: torch.nn.Parameter) -> None:
+        if self._armed:
+            self._ready.add(p)
+            self._start()
+
+    def _start(self) -> None:
+        while len(self._works) < len(self._order):
+            p = self._order[len(self._works)]
+            if p not in self._ready:
+                return
+            assert p.grad is not None
+            self._works.append(dist.all_reduce(p.grad, group=self.group, async_op=True))
