@@ -12,6 +12,7 @@ from typing import Any
 import fsspec
 
 from pipeline.mesh import Mesh
+from pipeline.network import cut
 from pipeline.recipes import RECIPES, Recipe, setting
 
 
@@ -34,7 +35,10 @@ class Config(Recipe):
         None, "Processes that share a network; 2 unless there is one GPU.", (None, 1, 2)
     )
     replicas: int = setting(1, "Data-parallel copies of the towers.")
+    stages: int = setting(1, "Pipeline stages that the layers are cut into.")
+    cuts: str = setting("", "First layers of the stages after the first, such as conv3,fc6.")
     microbatches: int = setting(1, "Parts that a replica's batch is gone through in.")
+    pipeline: str = setting("1f1b", "Order of micro-batches in the stages.", ("1f1b", "gpipe"))
     device: str = setting("auto", "GPUs where the cluster has them.", ("auto", "cpu", "cuda"))
     augmenters: str = setting("1:8", "Fewest and most actors of the augmentation fleet, MIN:MAX.")
     on_error: str = setting("fail", "What becomes of an image that is bad.", ("fail", "skip"))
@@ -52,9 +56,16 @@ class Config(Recipe):
         self._at_least("restarts", 0)
         self._at_least("seed", 0)
         _ = self.fleet
-        Mesh(self.replicas, 1, self.towers or 2).check_batch(self.batch, self.microbatches)
+        mesh = Mesh(self.replicas, self.stages, self.towers or 2)
+        mesh.check_batch(self.batch, self.microbatches)
+        _ = self.parts
         if self.towers == 2 and self.columns == 1:
             raise ValueError("towers is 2: a network of 1 column is held by 1 process")
+
+    @property
+    def parts(self) -> tuple[range, ...]:
+        """The layers of each stage."""
+        return cut(self.build(1000), self.stages, [name for name in self.cuts.split(",") if name])
 
     @property
     def fleet(self) -> tuple[int, int]:
@@ -91,6 +102,13 @@ def configure(given: dict[str, Any], file: str | None = None) -> Config:
         recipe["drops"] = tuple(round(drop * ratio, 2) for drop in recipe["drops"])
     if chosen.get("schedule") == "plateau":
         recipe.pop("drops", None)
+    if chosen.get("cuts"):
+        chosen.setdefault("stages", chosen["cuts"].count(",") + 1 + 1)
+    if chosen.get("stages", 1) > 1 and "microbatches" not in chosen:
+        # Twice as many as stages keep most of them busy, if the batch divides.
+        each = chosen.get("batch", recipe.get("batch", Config.batch)) // chosen.get("replicas", 1)
+        fitting = (m for m in range(2 * chosen["stages"], 0, -1) if each % m == 0)
+        chosen["microbatches"] = next(fitting, 1)
     chosen["run"] = locate(chosen.get("run") or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if chosen.get("shards"):
         chosen["shards"] = locate(chosen["shards"])

@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -29,9 +30,11 @@ class Feed:
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet, self.watch = fleet, Watch()
-        self.takers = fleet.where.mesh.towers
+        mesh = fleet.where.mesh
+        # Of a part's pixels, and of the rest of it.
+        self.takers = mesh.towers, mesh.towers * mesh.stages
         self.there = threading.Condition()
-        self.window: dict[tuple[int, int], tuple[Any, int]] = {}
+        self.window: dict[tuple[int, int], _Held] = {}
         self.failure: BaseException | None = None
 
     def open(self, start: int) -> None:
@@ -41,18 +44,19 @@ class Feed:
 
     def _pull(self, stream: Iterator[tuple[int, int, Any]]) -> None:
         try:
-            for index, replica, ref in stream:
+            for index, replica, (pixels, rest) in stream:
                 with self.there:
                     self.there.wait_for(lambda: len(self.window) < READ_AHEAD * self.fleet.replicas)
-                    self.window[index, replica] = (ref, self.takers)
+                    self.window[index, replica] = _Held(pixels, rest, *self.takers)
                     self.there.notify_all()
         except BaseException as error:
             with self.there:
                 self.failure = error
                 self.there.notify_all()
 
-    def take(self, index: int, replica: int) -> list[Any]:
-        """A list (so that Ray does not resolve it) of the reference to a replica's packed part.
+    def take(self, index: int, replica: int, pixels: bool) -> list[Any]:
+        """A list (so that Ray does not resolve them) of the references to a replica's part: its
+        pixels, None for a stage that needs none, and the rest.
 
         Raises what ended the stream, if it ended before this item.
         """
@@ -62,26 +66,44 @@ class Feed:
             if key not in self.window:
                 assert self.failure
                 raise self.failure
-            ref, left = self.window.pop(key)
-            if left > 1:
-                self.window[key] = (ref, left - 1)
+            held = self.window[key]
+            taken = [held.pixels if pixels else None, held.rest]
+            held.pixels_left -= pixels
+            held.left -= 1
+            if not held.pixels_left:
+                held.pixels = None  # their memory is free once the first stage is done with them
+            if not held.left:
+                del self.window[key]
             self.there.notify_all()
-        return [ref]
+        return taken
 
     def state(self) -> dict[str, int]:
         """`augmenters` that run now, `ready` batches."""
         return {"augmenters": self.watch.augmenters, "ready": len(self.window)}
 
 
+@dataclass
+class _Held:
+    """A part in the window, and how many ranks have not taken it yet."""
+
+    pixels: Any
+    rest: Any
+    pixels_left: int
+    left: int
+
+
 class Stream:
     """A rank's view of the feed: its replica's images, item after item from `start` to `stop`.
 
-    A thread fetches what comes next while the rank computes. `waited` (seconds that the rank stood
+    Without `pixels`, only labels and places come. A thread fetches what comes next while the rank
+    computes. `waited` (seconds that the rank stood
     still for data) adds up; `skipped` and `faults` are those of the last item.
     """
 
-    def __init__(self, feed: Any, replica: int, start: int, stop: int) -> None:
-        self.waited, self.skipped = 0.0, 0
+    def __init__(
+        self, feed: Any, replica: int, start: int, stop: int, *, pixels: bool = True
+    ) -> None:
+        self.waited, self.skipped, self.pixels = 0.0, 0, pixels
         self.faults: list[str] = []
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
         threading.Thread(target=self._fetch, args=(feed, replica, start, stop), daemon=True).start()
@@ -102,11 +124,13 @@ class Stream:
 
     def _fetch(self, feed: Any, replica: int, start: int, stop: int) -> None:
         try:
-            asked = feed.take.remote(start, replica) if start < stop else None
+            asked = feed.take.remote(start, replica, self.pixels) if start < stop else None
             for index in range(start, stop):
-                (ref,) = ray.get(asked)
+                pixels, rest = ray.get(asked)
                 # The next answer comes while this block is on its way.
-                asked = feed.take.remote(index + 1, replica) if index + 1 < stop else None
-                self._ready.put(unpack(ray.get(ref)))
+                more = index + 1 < stop
+                asked = feed.take.remote(index + 1, replica, self.pixels) if more else None
+                crops = ray.get(pixels) if self.pixels else None
+                self._ready.put(unpack(crops, ray.get(rest)))
         except BaseException as error:
             self._ready.put(error)

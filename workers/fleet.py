@@ -32,6 +32,9 @@ GROUPS_ROWS = 2048  # rows that a task of `measure` goes through
 RUNNING = 2  # blocks that an augmenter works on or has next
 
 
+Packed = tuple[Any, Any]  # references to the two tables of `pack`
+
+
 @dataclass(frozen=True)
 class Part:
     """A replica's part of a batch.
@@ -90,18 +93,18 @@ class Fleet:
         # Rows of a batch are distinct; those that were skipped leave their places empty.
         return Part(batch, start + np.flatnonzero(np.isin(rows[start:end], batch.rows)))
 
-    def stream(self, start: int, watch: Watch) -> Iterator[tuple[int, int, ray.ObjectRef[Any]]]:
+    def stream(self, start: int, watch: Watch) -> Iterator[tuple[int, int, Packed]]:
         """Item, replica and packed part of each item from `start` on, in order, without end until
         the itinerary's. Closing the iterator ends the execution behind it.
         """
         blocks = [(i, r) for i in range(start, len(self.itinerary)) for r in range(self.replicas)]
         for first in range(0, len(blocks), SEGMENT):
             segment = blocks[first : first + SEGMENT]
-            refs = self._execute(segment, watch)
-            for (index, replica), ref in zip(segment, refs, strict=True):
-                yield index, replica, ref
+            parts = self._execute(segment, watch)
+            for (index, replica), part in zip(segment, parts, strict=True):
+                yield index, replica, part
 
-    def _execute(self, blocks: list[tuple[int, int]], watch: Watch) -> Iterator[ray.ObjectRef[Any]]:
+    def _execute(self, blocks: list[tuple[int, int]], watch: Watch) -> Iterator[Packed]:
         low, high = self.config.fleet
         resources = dict(self.where.augmenter)
         self._set_context(watch, high)
@@ -121,8 +124,9 @@ class Fleet:
                 max_tasks_in_flight_per_actor=RUNNING,
             ),
         )
-        for bundle in parts.iter_internal_ref_bundles():
-            yield from bundle.block_refs
+        bundles = parts.iter_internal_ref_bundles()
+        refs = (ref for bundle in bundles for ref in bundle.block_refs)
+        yield from zip(refs, refs, strict=True)
 
     def _set_context(self, watch: Watch, high: int) -> None:
         """Ray Data's settings of this process: order kept, memory bounded, silence."""
@@ -131,7 +135,7 @@ class Fleet:
         size = images * (self.crop * self.crop * 3 + 32) + 4096
         context = DataContext.get_current()
         context.enable_progress_bars = False
-        context.target_max_block_size = size
+        context.target_max_block_size = 1  # so that each half of a part is a block
         context.custom_execution_callback_classes = [watch.callback()]
         options = context.execution_options
         options.preserve_order = True
@@ -148,10 +152,10 @@ class Augmenter:
         self.loaders: dict[str, Loader] = {}
         self.node = ray.get_runtime_context().get_node_id()
 
-    def __call__(self, block: pa.Table) -> pa.Table:
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         row = block.to_pylist()[0]
         part = self.fleet.load(row["item"], row["replica"], self.loaders)
-        return pack(replace(part, node=self.node))
+        yield from pack(replace(part, node=self.node))
 
 
 class Watch:
@@ -185,39 +189,43 @@ class Watch:
         return sum(op.get_actor_info().running for op in self.operators)
 
 
-def pack(part: Part) -> pa.Table:
-    """One row that holds a part; the crops are not copied."""
-    batch = part.batch
-    return pa.table(
-        {
-            "crops": _binary(batch.crops),
-            "labels": _binary(batch.labels),
-            "shifts": _binary(batch.shifts),
-            "rows": _binary(batch.rows),
-            "places": _binary(part.places),
-            "skipped": [batch.skipped],
-            "faults": pa.array([batch.faults], pa.list_(pa.string())),
-            "error": [part.error],
-            "node": [part.node],
-        }
-    )
+def pack(part: Part) -> tuple[pa.Table, pa.Table]:
+    """A part as two tables of one row and one schema, so that stages without pixels receive none:
+    crops and shifts, and all the rest. The crops are not copied.
+    """
+    batch, none = part.batch, np.zeros(0, np.uint8)
+
+    def table(pixels: bool) -> pa.Table:
+        return pa.table(
+            {
+                "crops": _binary(batch.crops if pixels else none),
+                "shifts": _binary(batch.shifts if pixels else none),
+                "labels": _binary(none if pixels else batch.labels),
+                "rows": _binary(none if pixels else batch.rows),
+                "places": _binary(none if pixels else part.places),
+                "skipped": [batch.skipped],
+                "faults": pa.array([[] if pixels else batch.faults], pa.list_(pa.string())),
+                "error": [part.error],
+                "node": [part.node],
+            }
+        )
+
+    return table(True), table(False)
 
 
-def unpack(table: pa.Table) -> Part:
-    """What `pack` packed, as read-only views of the table's memory."""
-    labels = _array(table, "labels", np.int64)
-    crops = _array(table, "crops", np.uint8)
-    side = round((crops.size / 3 / max(1, len(labels))) ** 0.5)
-    batch = Batch(
-        crops.reshape(len(labels), side, side, 3),
-        labels,
-        _array(table, "shifts", np.float32).reshape(-1, 3),
-        _array(table, "rows", np.int64),
-        table["skipped"][0].as_py(),
-        table["faults"][0].as_py(),
-    )
-    error, node = (table[name][0].as_py() for name in ("error", "node"))
-    return Part(batch, _array(table, "places", np.int64), error, node)
+def unpack(pixels: pa.Table | None, rest: pa.Table) -> Part:
+    """What `pack` packed, as read-only views of the tables' memory; no crops without `pixels`."""
+    labels = _array(rest, "labels", np.int64)
+    crops, shifts = np.zeros((0, 0, 0, 3), np.uint8), np.zeros((0, 3), np.float32)
+    if pixels is not None:
+        flat = _array(pixels, "crops", np.uint8)
+        side = round((flat.size / 3 / max(1, len(labels))) ** 0.5)
+        crops = flat.reshape(len(labels), side, side, 3)
+        shifts = _array(pixels, "shifts", np.float32).reshape(-1, 3)
+    skipped, faults = rest["skipped"][0].as_py(), rest["faults"][0].as_py()
+    batch = Batch(crops, labels, shifts, _array(rest, "rows", np.int64), skipped, faults)
+    error, node = (rest[name][0].as_py() for name in ("error", "node"))
+    return Part(batch, _array(rest, "places", np.int64), error, node)
 
 
 def _binary(values: NDArray[Any]) -> pa.Array:

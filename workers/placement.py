@@ -9,7 +9,12 @@ from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from pipeline.mesh import Mesh
 from workers.config import Config, UserError
@@ -48,7 +53,7 @@ def decide(nodes: Sequence[dict[str, float]], config: Config) -> Placement:
     towers = config.towers
     if towers is None:
         towers = 1 if config.columns == 1 or (device == "cuda" and gpus == 1) else 2
-    mesh = Mesh(config.replicas, 1, towers)
+    mesh = Mesh(config.replicas, config.stages, towers)
     if device == "cuda" and gpus < mesh.size:
         raise UserError(
             f"not enough devices: {mesh.size} towers need {mesh.size} GPUs, the cluster has {gpus}"
@@ -131,6 +136,34 @@ def await_room(what: str, need: dict[str, float]) -> None:
         if time.monotonic() > deadline:
             raise _no_room(what, need)
         time.sleep(0.5)
+
+
+def seats(nodes: Sequence[str], mesh: Mesh) -> list[int]:
+    """The bundle that each rank takes, given the node of each bundle.
+
+    A replica sits on one node if one has room for it, else each pair of towers does if it can.
+    """
+    free: dict[str, list[int]] = {}
+    for bundle, node in enumerate(nodes):
+        free.setdefault(node, []).append(bundle)
+
+    def take(count: int) -> list[int]:
+        """Bundles of the fullest node that has so many, else of several."""
+        fitting = [node for node in free if len(free[node]) >= count]
+        if not fitting:
+            step = mesh.towers if count > mesh.towers else 1
+            return [bundle for _ in range(count // step) for bundle in take(step)]
+        node = min(fitting, key=lambda node: len(free[node]))
+        taken, free[node] = free[node][:count], free[node][count:]
+        return taken
+
+    return [bundle for _ in range(mesh.replicas) for bundle in take(mesh.stages * mesh.towers)]
+
+
+def nodes_of(group: PlacementGroup) -> list[str]:
+    """The node of each bundle of a group that is ready."""
+    found = placement_group_table(group)["bundles_to_node_id"]
+    return [found[bundle] for bundle in range(len(found))]
 
 
 def _fits(need: dict[str, float]) -> bool:

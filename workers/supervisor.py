@@ -185,8 +185,8 @@ class _Run:
         resume = self.folder.checkpoint(kept[-1]) if kept else None
         mesh, itinerary = self.job.placement.mesh, self.job.itinerary
         seats = [
-            PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-            for rank in range(mesh.size)
+            PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+            for bundle in placement.seats(placement.nodes_of(group), mesh)
         ]
         # Beside the first tower, so that the feed does not go with a node that only augments.
         feed = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from datasets.plan import Itinerary
 from pipeline import checkpoint, host
 from pipeline.crossing import Pair
 from pipeline.optimizer import SGD
+from pipeline.schedule import Line
 from pipeline.tower import Tower
 from pipeline.training import NotANumber, Totals, Trainer
 from workers.config import Config
@@ -75,7 +76,7 @@ class TowerActor:
                 world_size=placement.mesh.size,
             )
         self.mesh = placement.mesh.groups(device.type)
-        self.replica, _, tower = placement.mesh.place(self.rank)
+        self.replica, stage, tower = placement.mesh.place(self.rank)
         towers = placement.mesh.towers
         self.pair = Pair(self.mesh.get_group("tower")) if self.mesh and towers == 2 else None
         network = config.build(self.job.classes)
@@ -85,7 +86,9 @@ class TowerActor:
             towers=towers,
             tower=tower,
             compute=getattr(torch, config.precision),
+            layers=config.parts[stage],
         ).to(device)
+        self.line = placement.mesh.line(self.mesh)
         self.optimizer = SGD(
             self.tower.weights(),
             rate=config.rate,
@@ -102,7 +105,9 @@ class TowerActor:
             scale=config.scale,
             pair=self.pair,
             replicas=self.mesh.get_group("replica") if self.mesh else None,
+            line=self.line,
             microbatches=config.microbatches,
+            schedule=config.pipeline,  # type: ignore[arg-type]
         )
         self.progress: dict[str, Any] = {"step": 0, "skipped": 0, "evaluations": []}
         if resume:
@@ -116,14 +121,16 @@ class TowerActor:
         """
         config, itinerary = self.job.config, self.job.itinerary
         schedule, evaluations = config.rates(), self.progress["evaluations"]
-        stream = Stream(feed, self.replica, start, len(itinerary))
-        meter, totals, evaluated = _Meter(self.pair, stream), Totals(), Totals()
+        stream = Stream(feed, self.replica, start, len(itinerary), pixels=self.trainer.first)
+        peers = [peer for peer in (self.pair, self.line) if peer]
+        meter, totals, evaluated = _Meter(peers, stream), Totals(), Totals()
+        replica_size = self.job.placement.mesh.size // self.job.placement.mesh.replicas
         for index in range(start, len(itinerary)):
             item = itinerary.item(index)
             images = stream.next()
             if stream.skipped:
                 self.progress["skipped"] += stream.skipped
-                if self.rank % self.job.placement.mesh.towers == 0:
+                if self.rank % replica_size == 0:
                     yield {"kind": "skipped", "count": stream.skipped, "faults": stream.faults}
             if item.training:
                 epoch = (item.step - 1) / itinerary.steps_per_epoch
@@ -179,20 +186,21 @@ class TowerActor:
 class _Meter:
     """What happened since the last reading."""
 
-    def __init__(self, pair: Pair | None, stream: Stream) -> None:
-        self.pair, self.stream, self.images = pair, stream, 0
+    def __init__(self, peers: Sequence[Pair | Line], stream: Stream) -> None:
+        self.peers, self.stream, self.images = peers, stream, 0
         self.start, self.stalled, self.exchanged = self._now()
 
     def _now(self) -> tuple[float, float, float]:
-        """The time, and the seconds waited so far for data and for the other tower."""
-        return time.perf_counter(), self.stream.waited, self.pair.waited if self.pair else 0.0
+        """The time, and the seconds waited so far for data and for other ranks."""
+        waited = sum(peer.waited for peer in self.peers)
+        return time.perf_counter(), self.stream.waited, waited
 
     def due(self, step: int, every: int | None) -> bool:
         """Whether to report after a step: every so many, or once a second."""
         return step % every == 0 if every else time.perf_counter() - self.start >= REPORT_SECONDS
 
     def read(self) -> dict[str, float]:
-        """images_per_second, and the fractions of time waited for data and for the other tower."""
+        """images_per_second, and the fractions of time waited for data and for other ranks."""
         now, stalled, exchanged = self._now()
         seconds = now - self.start
         line = {

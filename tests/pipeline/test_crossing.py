@@ -160,7 +160,7 @@ def bytes_of_a_step(name: str, n: int) -> tuple[int, int]:
     pair, images = trainer.pair, batch(network, n)
     assert pair
     with torch.no_grad():
-        x, _ = trainer._pixels(images, 0, n)
+        x = trainer._pixels(images, 0, n)
         trainer.tower(x, pair, Dropout(0, 0, torch.arange(n)))
     forward = pair.bytes_sent
     trainer.step(images, 0)

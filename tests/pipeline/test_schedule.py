@@ -13,8 +13,8 @@ from test_towers import EXACT, LEAST, SINGLE, networks, train
 
 from pipeline.description import describe
 from pipeline.mesh import Mesh
-from pipeline.network import NETWORKS, Network, build
-from pipeline.schedule import Kind, cut, order
+from pipeline.network import NETWORKS, Network, build, cut
+from pipeline.schedule import Kind, order
 
 
 @pytest.mark.parametrize("name", NETWORKS)

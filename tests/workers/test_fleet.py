@@ -46,7 +46,7 @@ def digest(part: Part) -> str:
 
 def stream(made: Fleet, start: int = 0) -> Iterator[tuple[int, int, Part]]:
     for index, replica, ref in made.stream(start, Watch()):
-        yield index, replica, unpack(ray.get(ref))
+        yield index, replica, unpack(*ray.get(list(ref)))
 
 
 def digests(made: Fleet, start: int = 0) -> dict[tuple[int, int], str]:
@@ -139,7 +139,7 @@ def test_slow_towers_stop_the_fleet(shards: str, cluster: None) -> None:
         time.sleep(1)
         counts.append(sum(op.metrics.num_outputs_of_finished_tasks or 0 for op in watch.operators))
     assert first[:2] == (0, 0)
-    assert 1 < counts[-1] < 64  # of 2,800
+    assert 1 < counts[-1] / 2 < 64  # parts, of 2,800, each in two blocks
     refs.close()
 
 
@@ -152,7 +152,7 @@ def test_packing_keeps_all() -> None:
         1,
         ["a row is bad"],
     )
-    part = unpack(pack(Part(batch, np.array([9, 11]), "", "node")))
+    part = unpack(*pack(Part(batch, np.array([9, 11]), "", "node")))
     for name in NAMES:
         assert getattr(part.batch, name).tolist() == getattr(batch, name).tolist()
     assert (part.batch.skipped, part.batch.faults) == (1, ["a row is bad"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.mesh import Mesh
 from workers.config import Config, UserError, configure
-from workers.placement import decide
+from workers.placement import decide, seats
 
 Node = dict[str, float]
 
@@ -68,3 +69,25 @@ def test_towers_go_to_nodes_set_aside_for_them() -> None:
 def test_what_is_missing_is_said(nodes: list[Node], given: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         decide(nodes, config(**given))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "mesh", "want"),
+    [
+        ("ab", Mesh(1, 1, 2), [0, 1]),
+        ("abab", Mesh(2, 1, 2), [0, 2, 1, 3]),
+        ("abbaab", Mesh(1, 2, 2), [0, 3, 1, 2]),
+        ("aabbbb", Mesh(1, 2, 2), [2, 3, 4, 5]),
+        ("abcd", Mesh(1, 2, 2), [0, 1, 2, 3]),
+    ],
+)
+def test_pairs_sit_on_one_node_where_they_can(nodes: str, mesh: Mesh, want: list[int]) -> None:
+    assert seats(nodes, mesh) == want
+
+
+@pytest.mark.parametrize("nodes", ["aaabbb", "abcabcabc", "aabbbbcc", "aaaaaaaa"])
+@pytest.mark.parametrize("mesh", [Mesh(1, 2, 2), Mesh(2, 1, 2), Mesh(3, 1, 2), Mesh(2, 2, 1)])
+def test_every_rank_has_a_seat_of_its_own(nodes: str, mesh: Mesh) -> None:
+    if len(nodes) >= mesh.size:
+        taken = seats(nodes[: mesh.size], mesh)
+        assert sorted(taken) == list(range(mesh.size))

@@ -91,6 +91,36 @@ def test_two_replicas_learn_what_one_learns(
         assert (weight - one[name]).abs().max() < 1e-5, name
 
 
+@pytest.mark.parametrize("mesh", [(1, 2, 2), (2, 2, 1), (1, 3, 1)], ids=str)
+def test_stages_learn_what_one_stage_learns(
+    mesh: tuple[int, int, int],
+    undisturbed: tuple[Path, dict],
+    shards: str,
+    tmp_path: Path,
+) -> None:
+    replicas, stages, towers = mesh
+    folder, _ = undisturbed
+    result = run(tmp_path / "run", shards, replicas=replicas, stages=stages, towers=towers)
+    assert result["mesh"] == f"{replicas}x{stages}x{towers}"
+    one = load_weights(f"{folder}/checkpoints/step-00000006")
+    staged = load_weights(f"{tmp_path}/run/checkpoints/step-00000006")
+    assert staged.keys() == one.keys()
+    for name, weight in staged.items():
+        assert (weight - one[name]).abs().max() < 1e-5, name
+
+
+def test_a_run_goes_on_with_another_mesh(
+    undisturbed: tuple[Path, dict], shards: str, tmp_path: Path
+) -> None:
+    folder, _ = undisturbed
+    run(tmp_path / "run", shards, steps=4, checkpoint_every=2)
+    result = run(tmp_path / "run", shards, resume=True, stages=2, towers=1)
+    assert (result["mesh"], result["steps"]) == ("1x2x1", 6)
+    one = load_weights(f"{folder}/checkpoints/step-00000006")
+    for name, weight in load_weights(f"{tmp_path}/run/checkpoints/step-00000006").items():
+        assert (weight - one[name]).abs().max() < 1e-5, name
+
+
 class Killer(Progress):
     """Kills a process of each kind once a report of its step has come."""
 
