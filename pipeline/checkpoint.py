@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -23,6 +27,10 @@ from pipeline.optimizer import SGD
 from pipeline.tower import Tower
 
 
+class NotSaved(RuntimeError):
+    """A checkpoint could not be written; the message says where and why."""
+
+
 def save(
     path: str, tower: Tower, optimizer: SGD, progress: dict[str, Any], mesh: DeviceMesh | None
 ) -> None:
@@ -30,13 +38,59 @@ def save(
 
     `progress`: what JSON can hold, such as the position in the data.
     """
-    state = {
-        **_tensors(tower, optimizer, mesh),
-        "rate": optimizer.rate,  # momentum is kept in units of it
-        "progress": json.dumps(progress),
-    }
-    writer = FsspecWriter(path) if "://" in path else dcp.FileSystemWriter(path)
-    dcp.save(state, storage_writer=writer, no_dist=mesh is None)
+    _dump(path, _state(tower, optimizer, progress, mesh), None, no_dist=mesh is None)
+
+
+class Writer:
+    """Writes checkpoints while training goes on: from copies, in a process group of its own.
+
+    One at a time: `save` first waits for the one before. Every rank of the mesh does the same.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None) -> None:
+        self.mesh = mesh
+        self.group = dist.new_group(backend="gloo") if mesh else None
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, path: str, tower: Tower, optimizer: SGD, progress: dict[str, Any]) -> None:
+        """Copies the state and starts to write it, as `save` of this module does."""
+        self.finish()
+        state = _state(tower, optimizer, progress, self.mesh, self._copied)
+        self._thread = threading.Thread(target=self._write, args=(path, state), daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def finish(self) -> bool:
+        """Waits for the one that is being written, if there is one; tells whether there was.
+
+        Raises NotSaved if it could not be written.
+        """
+        if self._thread is None:
+            return False
+        self._thread.join()
+        self._thread = None
+        if self._failure:
+            failure, self._failure = self._failure, None
+            raise failure
+        return True
+
+    def _copied(self, name: str, local: Tensor) -> Tensor:
+        # The same memory each time: fresh pages cost more than the copy.
+        if name not in self._copies:
+            self._copies[name] = torch.empty_like(local)
+        return self._copies[name].copy_(local)
+
+    def _write(self, path: str, state: dict[str, Any]) -> None:
+        try:
+            _dump(path, state, self.group)
+        except BaseException as error:
+            self._failure = error
 
 
 def load(path: str, tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> dict[str, Any]:
@@ -80,12 +134,46 @@ def weights_sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def _tensors(tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> dict[str, Any]:
+def _state(
+    tower: Tower,
+    optimizer: SGD,
+    progress: dict[str, Any],
+    mesh: DeviceMesh | None,
+    copied: Callable[[str, Tensor], Tensor] | None = None,
+) -> dict[str, Any]:
+    return {
+        **_tensors(tower, optimizer, mesh, copied),
+        "rate": optimizer.rate,  # momentum is kept in units of it
+        "progress": json.dumps(progress),
+    }
+
+
+def _dump(
+    path: str, state: dict[str, Any], group: dist.ProcessGroup | None, no_dist: bool | None = None
+) -> None:
+    writer = FsspecWriter(path) if "://" in path else dcp.FileSystemWriter(path)
+    alone = group is None if no_dist is None else no_dist
+    try:
+        dcp.save(state, storage_writer=writer, process_group=group, no_dist=alone)
+    except CheckpointException as error:  # which is no Exception
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise NotSaved(f"{path} cannot be written by rank {rank}: {cause}") from None
+
+
+def _tensors(
+    tower: Tower,
+    optimizer: SGD,
+    mesh: DeviceMesh | None,
+    copied: Callable[[str, Tensor], Tensor] | None = None,
+) -> dict[str, Any]:
     weights, momenta = tower.weights(), optimizer.momenta()
     sizes = {layer.name: layer.maps for layer in tower.network.layers}
 
-    def whole(name: str, local: Tensor) -> Tensor:
+    def whole(key: str, local: Tensor) -> Tensor:
+        name = key.split(".", 1)[1]
         local = local.detach()
+        if copied:
+            local = copied(key, local)
         if mesh is None:
             return local
         shape = torch.Size((sizes[name.split(".")[0]], *local.shape[1:]))
@@ -100,8 +188,8 @@ def _tensors(tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> dict[str,
         )
 
     return {
-        "weights": {name: whole(name, p) for name, p in weights.items()},
-        "momentum": {name: whole(name, momenta[p]) for name, p in weights.items()},
+        "weights": {name: whole(f"weights.{name}", p) for name, p in weights.items()},
+        "momentum": {name: whole(f"momentum.{name}", momenta[p]) for name, p in weights.items()},
     }
 
 

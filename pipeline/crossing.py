@@ -16,19 +16,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.waiting import LIMIT, settle
+
 
 class Pair:
     """The two towers of one replica and stage: this one, `tower` (0 or 1), and the other.
 
     `bytes_sent` and `waited` (seconds that this rank stood still for the other) add up over its
-    life; on a GPU `waited` is the host's time only.
+    life; on a GPU `waited` is the host's time only. Waiting longer than `limit` seconds raises
+    `waiting.Stuck`, which names `where`: the layer at work, as the layers themselves set it.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, limit: float = LIMIT) -> None:
         if group.size() != 2:
             raise ValueError(f"a pair is 2 towers, this group has {group.size()} ranks")
         self.group = group
         self.tower = group.rank()
+        self.limit, self.where = limit, "the first layer"
         self.bytes_sent = 0
         self.waited = 0.0
 
@@ -46,7 +50,8 @@ class Pair:
 
     def _reduce(self, x: Tensor, op: Any) -> Tensor:
         start = time.perf_counter()
-        dist.all_reduce(x, op, group=self.group)
+        work = dist.all_reduce(x, op, group=self.group, async_op=True)
+        settle(work, self.group, self.where, self.limit)
         self.waited += time.perf_counter() - start
         self.bytes_sent += x.nbytes
         return x
@@ -58,7 +63,7 @@ class Swap:
     def __init__(self, pair: Pair, x: Tensor) -> None:
         # Channels-last elements lie as a contiguous [n, h, w, maps]: sent without a copy.
         self._channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        self._pair = pair
+        self._pair, self._where = pair, pair.where
         self._sent = x.permute(0, 2, 3, 1) if self._channels_last else x.contiguous()
         self._received = torch.empty_like(self._sent)
         other = 1 - pair.tower
@@ -72,7 +77,7 @@ class Swap:
     def wait(self) -> Tensor:
         start = time.perf_counter()
         for work in self._works:
-            work.wait()
+            settle(work, self._pair.group, self._where, self._pair.limit)
         self._pair.waited += time.perf_counter() - start
         return self._received.permute(0, 3, 1, 2) if self._channels_last else self._received
 
@@ -100,6 +105,11 @@ def _joined(own: Tensor, other: Tensor, tower: int) -> Tensor:
     return torch.cat((other, own) if tower else (own, other), dim=1)
 
 
+def _backward(ctx: Any) -> None:
+    """Says where the pair is, for the wait that may follow."""
+    ctx.pair.where = f"{ctx.where}, backward"
+
+
 class _CrossLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, pair: Pair) -> Tensor:
@@ -108,11 +118,12 @@ class _CrossLinear(torch.autograd.Function):
         y = F.linear(x, own, bias)
         x_other = swap.wait()
         ctx.save_for_backward(x, x_other, weight)
-        ctx.pair = pair
+        ctx.pair, ctx.where = pair, pair.where
         return y.addmm_(x_other, other.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _backward(ctx)
         x, x_other, weight = ctx.saved_tensors
         own, other = _halves(weight, ctx.pair.tower)
         swap = ctx.pair.swap(grad @ other)
@@ -132,11 +143,12 @@ class _CrossConv2d(torch.autograd.Function):
         y = F.conv2d(x, own, bias, stride, padding)
         x_other = swap.wait()
         ctx.save_for_backward(x, x_other, weight)
-        ctx.pair, ctx.stride, ctx.padding = pair, stride, padding
+        ctx.pair, ctx.where, ctx.stride, ctx.padding = pair, pair.where, stride, padding
         return y.add_(F.conv2d(x_other, other, None, stride, padding))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _backward(ctx)
         x, x_other, weight = ctx.saved_tensors
         own, other = _halves(weight, ctx.pair.tower)
 

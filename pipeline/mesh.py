@@ -64,7 +64,7 @@ class Mesh:
             device, (self.replicas, self.stages, self.towers), mesh_dim_names=AXES
         )
 
-    def line(self, groups: DeviceMesh | None) -> Line | None:
+    def line(self, groups: DeviceMesh | None, limit: float) -> Line | None:
         """The stages that this rank exchanges with; None if there is one stage. A collective."""
         if groups is None or self.stages == 1:
             return None
@@ -79,7 +79,7 @@ class Mesh:
             lines.setdefault((replica, tower), []).append(rank)
         up = dist.new_subgroups_by_enumeration(list(lines.values()))[0]
         assert up
-        return Line(groups.get_group("stage"), up)
+        return Line(groups.get_group("stage"), up, limit)
 
     def __str__(self) -> str:
         return f"{self.replicas}x{self.stages}x{self.towers}"

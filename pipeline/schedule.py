@@ -8,12 +8,13 @@ other sizes again, so stages exchange tensors whose shapes follow from the table
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from pipeline.waiting import LIMIT, settle
 
 Kind = Literal["1f1b", "gpipe"]
 Action = tuple[Literal["forward", "backward"], int]
@@ -40,11 +41,13 @@ class Line:
     `waited` (seconds that this rank stood still for another stage) and `bytes_sent` add up.
     """
 
-    def __init__(self, down: dist.ProcessGroup, up: dist.ProcessGroup) -> None:
-        self.down, self.up = down, up
+    def __init__(
+        self, down: dist.ProcessGroup, up: dist.ProcessGroup, limit: float = LIMIT
+    ) -> None:
+        self.down, self.up, self.limit = down, up, limit
         self.stage, self.stages = down.rank(), down.size()
         self.waited, self.bytes_sent = 0.0, 0
-        self._sent: list[tuple[Any, Tensor]] = []
+        self._sent: list[tuple[Any, dist.ProcessGroup, Tensor]] = []
 
     @property
     def first(self) -> bool:
@@ -72,18 +75,19 @@ class Line:
 
     def finish(self) -> None:
         """Waits until all that was sent is gone, so that the memory may be used again."""
-        for work, _ in self._sent:
-            work.wait()
+        for work, group, _ in self._sent:
+            settle(work, group, f"stage {self.stage}, sending", self.limit)
         self._sent.clear()
 
-    def sum_(self, x: Tensor) -> Tensor:
+    def sum_(self, x: Tensor, what: str) -> Tensor:
         """All-reduce in place over the stages."""
-        dist.all_reduce(x, group=self.down)
+        work = dist.all_reduce(x, group=self.down, async_op=True)
+        settle(work, self.down, what, self.limit)
         return x
 
     def _send(self, x: Tensor, group: dist.ProcessGroup, to: int) -> None:
         flat = _channels_last(x).contiguous()
-        self._sent.append((dist.isend(flat, group=group, group_dst=to), flat))
+        self._sent.append((dist.isend(flat, group=group, group_dst=to), group, flat))
         self.bytes_sent += flat.nbytes
 
     def _receive(
@@ -94,8 +98,8 @@ class Line:
             shape = (shape[0], shape[2], shape[3], shape[1])
         x = torch.empty(shape, dtype=like.dtype, device=like.device)
         work = dist.irecv(x, group=group, group_src=source)
-        assert work
-        work.wait()
+        what = "activations" if group is self.down else "gradients"
+        settle(work, group, f"stage {self.stage}, {what} of stage {source}", self.limit)
         self.waited += time.perf_counter() - start
         return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
 
@@ -111,13 +115,16 @@ class Averager:
     Each all-reduce starts once its gradient is complete, in the same order on every replica.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], group: dist.ProcessGroup) -> None:
-        self.group = group
-        self._order = list(reversed(parameters))
+    def __init__(
+        self, weights: dict[str, torch.nn.Parameter], group: dist.ProcessGroup, limit: float
+    ) -> None:
+        self.group, self.limit = group, limit
+        self._names = list(reversed(weights))
+        self._order = [weights[name] for name in self._names]
         self._armed = False
         self._ready: set[torch.nn.Parameter] = set()
         self._works: list[Any] = []
-        for p in parameters:
+        for p in self._order:
             p.register_post_accumulate_grad_hook(self._complete)
 
     def arm(self) -> None:
@@ -131,8 +138,8 @@ class Averager:
                 p.grad = torch.zeros_like(p)
             self._ready.add(p)
         self._start()
-        for work in self._works:
-            work.wait()
+        for name, work in zip(self._names, self._works, strict=True):
+            settle(work, self.group, f"{name} over replicas", self.limit)
         self._works.clear()
         self._ready.clear()
         self._armed = False

@@ -118,6 +118,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, pair: Pair | None, dropout: Dropout | None) -> Tensor:
         layer = self.layer
+        if pair:
+            pair.where = layer.name
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         x = (
             self._conv(x, weight, bias, pair)

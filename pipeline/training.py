@@ -14,6 +14,7 @@ from pipeline.loss import cross_entropy
 from pipeline.optimizer import SGD
 from pipeline.schedule import Averager, Kind, Line, order
 from pipeline.tower import Dropout, Tower
+from pipeline.waiting import LIMIT, settle
 
 
 class NotANumber(RuntimeError):
@@ -88,6 +89,7 @@ class Trainer:
         line: Line | None = None,
         microbatches: int = 1,
         schedule: Kind = "1f1b",
+        limit: float = LIMIT,
     ) -> None:
         self.tower, self.optimizer, self.pair = tower, optimizer, pair
         self.replicas = replicas if replicas and replicas.size() > 1 else None
@@ -95,7 +97,8 @@ class Trainer:
         self.line, self.schedule = line, schedule
         self.stage, self.stages = (line.stage, line.stages) if line else (0, 1)
         self.first, self.last = self.stage == 0, self.stage == self.stages - 1
-        self.averager = Averager(list(tower.parameters()), self.replicas) if self.replicas else None
+        self.limit = limit
+        self.averager = Averager(tower.weights(), self.replicas, limit) if self.replicas else None
         self.device = next(tower.parameters()).device
         self._like = torch.empty(0, dtype=tower.compute, device=self.device)
         # The dtype of the weights, so that a float64 tower is float64 from its pixels on.
@@ -170,6 +173,8 @@ class Trainer:
         if self.line and not self.last:
             self.line.send(y.detach())
             return x, y, self._zeros()
+        if self.pair:
+            self.pair.where = "the loss"
         labels = images.labels[start:end].to(self.device, non_blocking=True)
         loss, ranks = cross_entropy(y, labels, self.tower.first_class, self.pair)
         wrong1, wrong5 = (ranks >= 1).sum(), (ranks >= 5).sum()
@@ -189,12 +194,13 @@ class Trainer:
 
     def _over_replicas(self, x: Tensor) -> Tensor:
         if self.replicas:
-            dist.all_reduce(x, group=self.replicas)
+            work = dist.all_reduce(x, group=self.replicas, async_op=True)
+            settle(work, self.replicas, "the totals over replicas", self.limit)
         return x
 
     def _totals(self, sums: Tensor) -> Totals:
         if self.line:
             self.line.finish()
-            self.line.sum_(sums)
+            self.line.sum_(sums, "the totals")
         images, loss, wrong1, wrong5 = self._over_replicas(sums).tolist()
         return Totals(int(images), loss, int(wrong1), int(wrong5))

@@ -43,6 +43,7 @@ class Config(Recipe):
     augmenters: str = setting("1:8", "Fewest and most actors of the augmentation fleet, MIN:MAX.")
     on_error: str = setting("fail", "What becomes of an image that is bad.", ("fail", "skip"))
     checkpoint_every: int | None = setting(None, "Steps between checkpoints inside an epoch.")
+    timeout: float = setting(300.0, "Seconds that a rank waits for another before the run ends.")
     log_every: int | None = setting(None, "Steps between reports; one a second if unset.")
     keep: int = setting(3, "Checkpoints that are kept.")
     restarts: int = setting(3, "Times that a run goes on after a process was lost.")
@@ -53,6 +54,7 @@ class Config(Recipe):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
         self._at_least("keep", 1)
+        self._at_least("timeout", 1)
         self._at_least("restarts", 0)
         self._at_least("seed", 0)
         _ = self.fleet

@@ -78,7 +78,9 @@ class TowerActor:
         self.mesh = placement.mesh.groups(device.type)
         self.replica, stage, tower = placement.mesh.place(self.rank)
         towers = placement.mesh.towers
-        self.pair = Pair(self.mesh.get_group("tower")) if self.mesh and towers == 2 else None
+        self.pair = None
+        if self.mesh and towers == 2:
+            self.pair = Pair(self.mesh.get_group("tower"), config.timeout)
         network = config.build(self.job.classes)
         self.tower = Tower(
             network,
@@ -88,7 +90,8 @@ class TowerActor:
             compute=getattr(torch, config.precision),
             layers=config.parts[stage],
         ).to(device)
-        self.line = placement.mesh.line(self.mesh)
+        self.line = placement.mesh.line(self.mesh, config.timeout)
+        self.writer = checkpoint.Writer(self.mesh)
         self.optimizer = SGD(
             self.tower.weights(),
             rate=config.rate,
@@ -108,6 +111,7 @@ class TowerActor:
             line=self.line,
             microbatches=config.microbatches,
             schedule=config.pipeline,  # type: ignore[arg-type]
+            limit=config.timeout,
         )
         self.progress: dict[str, Any] = {"step": 0, "skipped": 0, "evaluations": []}
         if resume:
@@ -124,6 +128,7 @@ class TowerActor:
         stream = Stream(feed, self.replica, start, len(itinerary), pixels=self.trainer.first)
         peers = [peer for peer in (self.pair, self.line) if peer]
         meter, totals, evaluated = _Meter(peers, stream), Totals(), Totals()
+        written = 0  # step of the checkpoint that is being written
         replica_size = self.job.placement.mesh.size // self.job.placement.mesh.replicas
         for index in range(start, len(itinerary)):
             item = itinerary.item(index)
@@ -163,12 +168,21 @@ class TowerActor:
                     if self.rank == 0:
                         yield {"kind": "evaluation", **evaluations[-1]}
                 meter.read()
+            if written and not self.writer.busy:
+                yield from self._written(written)
+                written = 0
             if self._due(item, itinerary):
+                yield from self._written(written)
+                written = item.step
                 path = f"{self.job.folder}/checkpoints/step-{item.step:08d}"
-                checkpoint.save(path, self.tower, self.optimizer, self.progress, self.mesh)
-                if self.rank == 0:
-                    yield {"kind": "checkpoint", "step": item.step, "path": path}
-                meter.read()
+                self.writer.save(path, self.tower, self.optimizer, self.progress)
+        yield from self._written(written)
+
+    def _written(self, step: int) -> Iterator[dict[str, Any]]:
+        """Waits for a checkpoint that is being written; rank 0 reports it."""
+        if self.writer.finish() and self.rank == 0:
+            path = f"{self.job.folder}/checkpoints/step-{step:08d}"
+            yield {"kind": "checkpoint", "step": step, "path": path}
 
     def _due(self, item: Any, itinerary: Itinerary) -> bool:
         """Whether a checkpoint is due after an item: at the end of an epoch and its evaluation,

@@ -33,6 +33,7 @@ from pipeline.optimizer import SGD
 from pipeline.schedule import Kind, Line
 from pipeline.tower import Tower
 from pipeline.training import Images, Totals, Trainer
+from pipeline.waiting import LIMIT
 
 SEED = 3
 ALONE = Mesh(towers=1)
@@ -70,6 +71,18 @@ class Ranks:
                     raise AssertionError(f"rank {rank}:\n{answer}")
                 answers[rank] = answer
         return [answers[rank] for rank in range(self.size)]
+
+    def first(self, job: Callable[..., Any], *arguments: Any) -> Any:
+        """What rank 0 returns of the same on all, while others may never end."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send_bytes(pickle.dumps((inspect.getfile(job), job.__name__, arguments)))
+        assert self._pipes[0].poll(60), "rank 0 gave no answer"
+        good, answer = pickle.loads(self._pipes[0].recv_bytes())
+        self.stop()
+        assert good, answer
+        return answer
 
     def _start(self) -> None:
         # Torch takes seconds to import: once in the server that all ranks are forked from.
@@ -136,7 +149,7 @@ def pair_of(mesh: Mesh) -> Pair | None:
 
 @cache
 def line_of(mesh: Mesh) -> Line | None:
-    return mesh.line(devices(mesh))
+    return mesh.line(devices(mesh), LIMIT)
 
 
 def this_rank(mesh: Mesh) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from ranks import ALONE, TOWERS, Ranks, batch, devices, joined, make_trainer
+from ranks import ALONE, TOWERS, Ranks, batch, devices, joined, make_trainer, seen
 from torch import Tensor
 
 from pipeline import checkpoint
@@ -171,3 +171,58 @@ def test_a_checkpoint_of_another_network_is_refused(
     with pytest.raises(ValueError, match=f"{tmp_path}/c is of another network: {message}"):
         checkpoint.load(f"{tmp_path}/c", trainer.tower, trainer.optimizer, None)
     assert_equal(state(trainer), before)
+
+
+MESHES = (ALONE, TOWERS, Mesh(1, 2, 1), Mesh(1, 2, 2), Mesh(2, 1, 2), Mesh(1, 3, 2), Mesh(2, 2, 2))
+
+
+def write_aside(network: Network, path: str, mesh: Mesh) -> dict[str, Tensor]:
+    """Saves while training goes on, and returns the state that it was asked to save."""
+    trainer = make_trainer(network, mesh, dtype=torch.float32)
+    trainer.step(seen(batch(network, 4, 0), trainer), 0)
+    writer = checkpoint.Writer(devices(mesh))
+    asked = state(trainer)
+    writer.save(path, trainer.tower, trainer.optimizer, PROGRESS)
+    for step in range(1, 4):
+        trainer.step(seen(batch(network, 4, step), trainer), step)
+    assert writer.finish()
+    assert not writer.finish()
+    return asked
+
+
+def read_only(network: Network, path: str, mesh: Mesh) -> State:
+    trainer = make_trainer(network, mesh, dtype=torch.float32)
+    return checkpoint.load(path, trainer.tower, trainer.optimizer, devices(mesh)), state(trainer)
+
+
+@pytest.mark.parametrize("saved", MESHES, ids=str)
+def test_what_any_mesh_saved_while_it_trained_every_other_loads(
+    saved: Mesh, pair: Ranks, four: Ranks, six: Ranks, eight: Ranks, tmp_path: Path
+) -> None:
+    ranks = {2: pair, 4: four, 6: six, 8: eight}
+
+    def on(mesh: Mesh, job: Any) -> list[Any]:
+        arguments = NETWORK, f"{tmp_path}/c", mesh
+        return ranks[mesh.size].run(job, *arguments) if mesh.size > 1 else [job(*arguments)]
+
+    def replica(answers: list[Any], mesh: Mesh) -> dict[str, Tensor]:
+        return joined(answers[: mesh.stages * mesh.towers])
+
+    want = replica(on(saved, write_aside), saved)
+    assert len(want) == 2 * 2 * len(NETWORK.layers)
+    for mesh in MESHES:
+        answers = on(mesh, read_only)
+        assert all(progress == PROGRESS for progress, _ in answers)
+        assert_equal(replica([tensors for _, tensors in answers], mesh), want)
+
+
+def test_a_full_disk_is_said_by_the_writer(tmp_path: Path) -> None:
+    trainer = make_trainer(NETWORK, dtype=torch.float32)
+    writer = checkpoint.Writer(None)
+    (tmp_path / "file").write_text("not a folder")
+    writer.save(f"{tmp_path}/file/c", trainer.tower, trainer.optimizer, PROGRESS)
+    with pytest.raises(
+        checkpoint.NotSaved, match=r"file/c cannot be written by rank 0: .*Not a dir"
+    ):
+        writer.finish()
+    assert not writer.finish()

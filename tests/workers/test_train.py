@@ -124,6 +124,8 @@ def test_a_run_goes_on_with_another_mesh(
 class Killer(Progress):
     """Kills a process of each kind once a report of its step has come."""
 
+    signal = signal.SIGKILL
+
     def __init__(self, when: dict[int, str], find: Callable[[str], list[int]]) -> None:
         super().__init__()
         self.when, self.find = dict(when), find
@@ -131,7 +133,7 @@ class Killer(Progress):
     def step(self, report: dict[str, Any]) -> None:
         super().step(report)
         for step in [s for s in self.when if s <= report["step"]]:
-            os.kill(self.find(self.when.pop(step))[0], signal.SIGKILL)
+            os.kill(self.find(self.when.pop(step))[0], self.signal)
 
 
 def test_killed_towers_and_feed_come_back_to_the_same_weights(
@@ -170,6 +172,20 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(
         run(undisturbed[0], shards)
     with pytest.raises(UserError, match=r"holds no run to resume"):
         run(tmp_path / "nothing", shards, resume=True)
+
+
+class Stopper(Killer):
+    """Stops a process instead of killing it: it lives and answers nothing."""
+
+    signal = signal.SIGSTOP
+
+
+def test_a_hung_tower_ends_the_run_by_name(
+    shards: str, tmp_path: Path, processes: Callable[[str], list[int]]
+) -> None:
+    stopper = Stopper({2: "ray::TowerActor"}, processes)
+    with pytest.raises(RunFailed, match=r"Stuck: rank \d waited 3 s for rank \d at (conv|fc|the)"):
+        run(tmp_path / "run", shards, stopper, timeout=3.0, log_every=1, epochs=50)
 
 
 @pytest.fixture

@@ -1,0 +1,34 @@
+"""Waiting for other ranks, with a limit: a peer that hangs ends the run by name, not in silence."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+LIMIT = 300.0
+"""Seconds that a rank waits for another, if nothing else is said."""
+
+
+class Stuck(RuntimeError):
+    """Another rank did not answer within the limit; the message says who waited, and where."""
+
+
+def settle(work: Any, group: dist.ProcessGroup, where: str, limit: float) -> None:
+    """Waits for an operation of a group. Raises Stuck, naming the ranks and `where`, after `limit`
+    seconds. On a GPU the host goes on at once, and NCCL's own watchdog has the limit.
+    """
+    if dist.get_backend(group) == "nccl":
+        work.wait()
+        return
+    try:
+        done = work.wait(timedelta(seconds=limit))
+    except RuntimeError as error:
+        if "timed out" not in str(error).lower():
+            raise
+        done = False
+    if done is False:
+        me = dist.get_rank()
+        others = [str(rank) for rank in dist.get_process_group_ranks(group) if rank != me]
+        raise Stuck(f"rank {me} waited {limit:g} s for rank {' or '.join(others)} at {where}")
