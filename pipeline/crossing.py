@@ -8,7 +8,6 @@ before the work that does not need it and awaited after.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.tracing import Trace, clock
 from pipeline.waiting import LIMIT, settle
 
 
@@ -33,6 +33,7 @@ class Pair:
         self.group = group
         self.tower = group.rank()
         self.limit, self.where = limit, "the first layer"
+        self.trace = Trace()
         self.bytes_sent = 0
         self.waited = 0.0
 
@@ -49,10 +50,12 @@ class Pair:
         return self._reduce(x, dist.ReduceOp.SUM)
 
     def _reduce(self, x: Tensor, op: Any) -> Tensor:
-        start = time.perf_counter()
+        start = clock()
         work = dist.all_reduce(x, op, group=self.group, async_op=True)
         settle(work, self.group, self.where, self.limit)
-        self.waited += time.perf_counter() - start
+        self.waited += clock() - start
+        self.trace.add("exchange", self.where, start)
+        self.trace.add("wait", self.where, start)
         self.bytes_sent += x.nbytes
         return x
 
@@ -63,7 +66,7 @@ class Swap:
     def __init__(self, pair: Pair, x: Tensor) -> None:
         # Channels-last elements lie as a contiguous [n, h, w, maps]: sent without a copy.
         self._channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        self._pair, self._where = pair, pair.where
+        self._pair, self._where, self._start = pair, pair.where, clock()
         self._sent = x.permute(0, 2, 3, 1) if self._channels_last else x.contiguous()
         self._received = torch.empty_like(self._sent)
         other = 1 - pair.tower
@@ -75,10 +78,12 @@ class Swap:
         pair.bytes_sent += x.nbytes
 
     def wait(self) -> Tensor:
-        start = time.perf_counter()
+        start = clock()
         for work in self._works:
             settle(work, self._pair.group, self._where, self._pair.limit)
-        self._pair.waited += time.perf_counter() - start
+        self._pair.waited += clock() - start
+        self._pair.trace.add("exchange", self._where, self._start)
+        self._pair.trace.add("wait", self._where, start)
         return self._received.permute(0, 3, 1, 2) if self._channels_last else self._received
 
 

@@ -7,13 +7,13 @@ other sizes again, so stages exchange tensors whose shapes follow from the table
 
 from __future__ import annotations
 
-import time
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.tracing import Trace, clock
 from pipeline.waiting import LIMIT, settle
 
 Kind = Literal["1f1b", "gpipe"]
@@ -47,6 +47,7 @@ class Line:
         self.down, self.up, self.limit = down, up, limit
         self.stage, self.stages = down.rank(), down.size()
         self.waited, self.bytes_sent = 0.0, 0
+        self.trace = Trace()
         self._sent: list[tuple[Any, dist.ProcessGroup, Tensor]] = []
 
     @property
@@ -93,14 +94,15 @@ class Line:
     def _receive(
         self, shape: tuple[int, ...], like: Tensor, group: dist.ProcessGroup, source: int
     ) -> Tensor:
-        start = time.perf_counter()
+        start = clock()
         if len(shape) == 4:
             shape = (shape[0], shape[2], shape[3], shape[1])
         x = torch.empty(shape, dtype=like.dtype, device=like.device)
         work = dist.irecv(x, group=group, group_src=source)
         what = "activations" if group is self.down else "gradients"
         settle(work, group, f"stage {self.stage}, {what} of stage {source}", self.limit)
-        self.waited += time.perf_counter() - start
+        self.waited += clock() - start
+        self.trace.add("wait", what, start)
         return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
 
 

@@ -14,6 +14,7 @@ from pipeline.loss import cross_entropy
 from pipeline.optimizer import SGD
 from pipeline.schedule import Averager, Kind, Line, order
 from pipeline.tower import Dropout, Tower
+from pipeline.tracing import Trace, clock
 from pipeline.waiting import LIMIT, settle
 
 
@@ -97,7 +98,10 @@ class Trainer:
         self.line, self.schedule = line, schedule
         self.stage, self.stages = (line.stage, line.stages) if line else (0, 1)
         self.first, self.last = self.stage == 0, self.stage == self.stages - 1
-        self.limit = limit
+        self.limit, self.trace = limit, Trace()
+        for peer in (pair, line):
+            if peer:
+                peer.trace = self.trace
         self.averager = Averager(tower.weights(), self.replicas, limit) if self.replicas else None
         self.device = next(tower.parameters()).device
         self._like = torch.empty(0, dtype=tower.compute, device=self.device)
@@ -112,7 +116,8 @@ class Trainer:
         totals = self.gradients(images, step)
         if not math.isfinite(totals.loss):
             raise NotANumber(f"the loss is {totals.loss} at step {step}")
-        self.optimizer.step()
+        with self.trace.span("optimizer", ""):
+            self.optimizer.step()
         return totals
 
     def gradients(self, images: Images, step: int) -> Totals:
@@ -125,17 +130,16 @@ class Trainer:
             if action == "forward":
                 start, end, places = parts[m]
                 dropout = Dropout(self.seed, step, places)
-                x, y, some = self._forward(images, start, end, dropout)
+                x, y, some = self._forward(images, start, end, dropout, str(m))
                 sums += some
                 kept[m] = x, y / count if self.last else y
                 continue
             if self.averager and m == len(parts) - 1:
                 self.averager.arm()
             x, y = kept.pop(m)
-            if self.line and not self.last:
-                torch.autograd.backward(y, self.line.receive_gradient(y))
-            else:
-                y.backward()
+            grad = self.line.receive_gradient(y) if self.line and not self.last else None
+            with self.trace.span("backward", str(m)):
+                torch.autograd.backward(y, grad)
             if self.line and not self.first:
                 assert x.grad is not None
                 self.line.send_gradient(x.grad)
@@ -161,7 +165,7 @@ class Trainer:
         return parts
 
     def _forward(
-        self, images: Images, start: int, end: int, dropout: Dropout | None
+        self, images: Images, start: int, end: int, dropout: Dropout | None, name: str = ""
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What this stage read, what it made (the last one: the summed loss), and its sums."""
         if self.line and not self.first:
@@ -169,8 +173,10 @@ class Trainer:
             x.requires_grad_(torch.is_grad_enabled())
         else:
             x = self._pixels(images, start, end)
+        begun = clock()
         y = self.tower(x, self.pair, dropout)
         if self.line and not self.last:
+            self.trace.add("forward", name, begun)
             self.line.send(y.detach())
             return x, y, self._zeros()
         if self.pair:
@@ -179,6 +185,7 @@ class Trainer:
         loss, ranks = cross_entropy(y, labels, self.tower.first_class, self.pair)
         wrong1, wrong5 = (ranks >= 1).sum(), (ranks >= 5).sum()
         sums = torch.stack([loss.new_tensor(end - start), loss.detach(), wrong1, wrong5])
+        self.trace.add("forward", name, begun)
         return x, loss, sums
 
     def _zeros(self) -> Tensor:

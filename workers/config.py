@@ -45,6 +45,7 @@ class Config(Recipe):
     checkpoint_every: int | None = setting(None, "Steps between checkpoints inside an epoch.")
     timeout: float = setting(300.0, "Seconds that a rank waits for another before the run ends.")
     log_every: int | None = setting(None, "Steps between reports; one a second if unset.")
+    profile: bool = setting(False, "Write a trace of a few steps, and a picture of one.")
     keep: int = setting(3, "Checkpoints that are kept.")
     restarts: int = setting(3, "Times that a run goes on after a process was lost.")
 

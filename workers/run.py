@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from typing import Any
@@ -11,7 +12,10 @@ import fsspec
 import ray
 
 from datasets import DataError
+from pipeline.mesh import Mesh
+from pipeline.tracing import Span, chrome
 from workers.config import Config, UserError
+from workers.timeline import picture
 
 COMPLETE = ".metadata"  # `torch.distributed.checkpoint` writes it last
 CONFIG, METRICS, EVENTS = "config.toml", "metrics.jsonl", "events.jsonl"
@@ -66,6 +70,23 @@ class RunFolder:
     def event(self, kind: str, **values: Any) -> None:
         """A line of events.jsonl: a start, a restart, a warning, the end."""
         self._append(EVENTS, {"event": kind, **values})
+
+    def profile(self, traces: dict[int, list[Span]], mesh: Mesh) -> None:
+        """profile/trace.json for Chrome or Perfetto, profile/schedule.png of one step."""
+        ranks, names = [traces[rank] for rank in range(mesh.size)], []
+        for rank in range(mesh.size):
+            replica, stage, tower = mesh.place(rank)
+            place = [f"replica {replica}"] if mesh.replicas > 1 else []
+            place += [f"stage {stage}"] if mesh.stages > 1 else []
+            place += [f"tower {'ab'[tower]}"] if mesh.towers > 1 else []
+            names.append(f"rank {rank}: {', '.join(place) or 'both towers'}")
+        steps = sorted({span.step for spans in ranks for span in spans})
+        os.makedirs(f"{self.local}/profile", exist_ok=True)
+        with open(f"{self.local}/profile/trace.json", "w") as f:
+            json.dump(chrome(ranks, names), f)
+        if steps:
+            with open(f"{self.local}/profile/schedule.png", "wb") as f:
+                f.write(picture(ranks, names, steps[len(steps) // 2]))
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with open(f"{self.local}/{name}", "a") as f:

@@ -18,6 +18,7 @@ from datasets.drawn import write_drawn
 from datasets.plan import Itinerary
 from datasets.shards import Dataset, open_dataset
 from datasets.statistics import Statistics
+from pipeline.tracing import Span
 from workers import placement
 from workers.cluster import connected
 from workers.config import Config
@@ -124,6 +125,7 @@ class _Run:
         self.last: dict[str, Any] = {}
         self.images = self.seconds = self.stalled = 0.0
         self.actors: list[Any] = []
+        self.traces: dict[int, list[Span]] = {}
 
     def result(self) -> dict[str, Any]:
         while True:
@@ -227,6 +229,8 @@ class _Run:
             raise RunFailed("the run ended without a checkpoint")
         last = steps[-1]
         sha = ray.get(towers[0].weights_sha256.remote(self.folder.checkpoint(last)))
+        if self.traces:
+            self.folder.profile(self.traces, mesh)
         return self._summary(last, sha)
 
     def _take(self, report: dict[str, Any], feed: Any) -> None:
@@ -250,6 +254,8 @@ class _Run:
             self.folder.event("checkpoint", **report)
             self.folder.prune(self.job.config.keep, best)
             self.folder.publish()
+        elif kind == "trace":
+            self.traces[report["rank"]] = report["spans"]
         elif kind == "skipped":
             self.folder.event("skipped", **report)
             for fault in report["faults"]:

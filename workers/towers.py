@@ -20,6 +20,7 @@ from pipeline.crossing import Pair
 from pipeline.optimizer import SGD
 from pipeline.schedule import Line
 from pipeline.tower import Tower
+from pipeline.tracing import clock
 from pipeline.training import NotANumber, Totals, Trainer
 from workers.config import Config
 from workers.feed import Stream
@@ -27,6 +28,7 @@ from workers.placement import Placement
 from workers.run import check_visible
 
 REPORT_SECONDS = 1.0
+PROFILED = range(4, 12)  # steps since the start that a profile shows: the first ones warm up
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,12 @@ class TowerActor:
         stream = Stream(feed, self.replica, start, len(itinerary), pixels=self.trainer.first)
         peers = [peer for peer in (self.pair, self.line) if peer]
         meter, totals, evaluated = _Meter(peers, stream), Totals(), Totals()
+        trace, begun = self.trainer.trace, 0
         written = 0  # step of the checkpoint that is being written
         replica_size = self.job.placement.mesh.size // self.job.placement.mesh.replicas
         for index in range(start, len(itinerary)):
             item = itinerary.item(index)
+            before = clock()
             images = stream.next()
             if stream.skipped:
                 self.progress["skipped"] += stream.skipped
@@ -142,6 +146,11 @@ class TowerActor:
                 errors = [e["top1_error"] for e in evaluations]
                 rate = schedule.at(item.step - 1, epoch, errors)
                 self.optimizer.set_rate(rate)
+                begun += 1
+                trace.on = config.profile and begun in PROFILED
+                trace.step = item.step
+                if trace.on:
+                    trace.add("data", "", before)
                 try:
                     part = self.trainer.step(images, item.step)
                 except NotANumber as error:
@@ -177,6 +186,8 @@ class TowerActor:
                 path = f"{self.job.folder}/checkpoints/step-{item.step:08d}"
                 self.writer.save(path, self.tower, self.optimizer, self.progress)
         yield from self._written(written)
+        if config.profile:
+            yield {"kind": "trace", "rank": self.rank, "spans": trace.spans}
 
     def _written(self, step: int) -> Iterator[dict[str, Any]]:
         """Waits for a checkpoint that is being written; rank 0 reports it."""

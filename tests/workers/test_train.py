@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+from PIL import Image
 
 from datasets import DataError
 from datasets.drawn import draw
@@ -119,6 +120,18 @@ def test_a_run_goes_on_with_another_mesh(
     one = load_weights(f"{folder}/checkpoints/step-00000006")
     for name, weight in load_weights(f"{tmp_path}/run/checkpoints/step-00000006").items():
         assert (weight - one[name]).abs().max() < 1e-5, name
+
+
+def test_a_profile_shows_every_rank(shards: str, tmp_path: Path) -> None:
+    run(tmp_path / "run", shards, stages=2, towers=1, microbatches=4, profile=True)
+    trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())["traceEvents"]
+    spans = [e for e in trace if e["ph"] == "X"]
+    assert {e["pid"] for e in spans} == {0, 1}
+    assert {e["cat"] for e in spans} >= {"forward", "backward", "optimizer", "wait"}
+    assert {e["args"]["step"] for e in spans} == {4, 5, 6}
+    assert sum(e["cat"] == "forward" and e["args"]["step"] == 4 for e in spans) == 2 * 4
+    with Image.open(tmp_path / "run" / "profile" / "schedule.png") as picture:
+        assert picture.width == 1600
 
 
 class Killer(Progress):

@@ -1,0 +1,79 @@
+"""The picture of a schedule: a step of every rank on one time axis."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.tracing import Span, idle_fraction
+
+WIDTH, ROW, LEFT, TOP = 1600, 64, 260, 84
+COLOURS = {
+    "forward": "#4c78a8",
+    "backward": "#f58518",
+    "optimizer": "#8d8d8d",
+    "exchange": "#54a24b",
+    "wait": "#e45756",
+    "data": "#b279a2",
+}
+MEANING = {
+    "exchange": "exchange under way",
+    "wait": "waiting for another rank",
+    "data": "waiting for data",
+}
+
+
+def picture(ranks: Sequence[Sequence[Span]], names: Sequence[str], step: int) -> bytes:
+    """A PNG of what each rank did in `step`: computation in wide bars with the number of the
+    micro-batch, waiting inside them, exchanges in a narrow bar below. White is a bubble.
+    """
+    shown = [[s for s in spans if s.step == step] for spans in ranks]
+    everything = [s for spans in shown for s in spans]
+    start = min(s.start for s in everything)
+    seconds = max(s.start + s.seconds for s in everything) - start
+    image = Image.new("RGB", (WIDTH, TOP + ROW * len(ranks) + 44), "white")
+    draw = ImageDraw.Draw(image)
+    small, normal, large = (ImageFont.load_default(size) for size in (12, 15, 20))
+
+    def x(t: float) -> float:
+        return LEFT + (WIDTH - LEFT - 20) * (t - start) / seconds
+
+    idle = idle_fraction(ranks, step)
+    draw.text((16, 12), f"step {step}: {seconds * 1e3:.0f} ms, idle {idle:.0%}", "black", large)
+    place = float(LEFT)
+    for kind, colour in COLOURS.items():
+        draw.rectangle((place, 48, place + 16, 64), colour)
+        text = MEANING.get(kind, kind)
+        draw.text((place + 22, 48), text, "black", normal)
+        place += 52 + draw.textlength(text, normal)
+    for row, (spans, name) in enumerate(zip(shown, names, strict=True)):
+        top = TOP + ROW * row
+        draw.line((LEFT, top + ROW - 6, WIDTH - 20, top + ROW - 6), "#e0e0e0")
+        draw.text((16, top + 10), name, "black", normal)
+        # Waiting lies inside of computation, so it is drawn after it.
+        for kind in ("forward", "backward", "optimizer", "data", "wait", "exchange"):
+            low, high = (42, 52) if kind == "exchange" else (4, 38)
+            low = 26 if kind == "wait" else low
+            for s in spans:
+                if s.kind != kind:
+                    continue
+                box = (
+                    x(s.start),
+                    top + low,
+                    max(x(s.start) + 1, x(s.start + s.seconds)),
+                    top + high,
+                )
+                edge = "white" if kind in ("forward", "backward") else None
+                draw.rectangle(box, COLOURS[kind], edge)
+                if kind in ("forward", "backward") and box[2] - box[0] > 14:
+                    draw.text((box[0] + 4, top + 7), s.name, "white", small)
+    axis = TOP + ROW * len(ranks)
+    for tick in range(6):
+        at = start + seconds * tick / 5
+        text = f"{(at - start) * 1e3:.0f} ms"
+        draw.text((x(at) - draw.textlength(text, small) / 2 - 4, axis + 8), text, "black", small)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
