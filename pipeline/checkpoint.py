@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from pipeline.network import Network
 from pipeline.optimizer import SGD
 from pipeline.tower import Tower
+
+# One process alone is meant wherever it says so.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class NotSaved(RuntimeError):

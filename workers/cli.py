@@ -10,10 +10,10 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from datasets import DataError
-from datasets.layout import passing
 from workers.config import Config, UserError, configure, locate
 
 PREPARE = ("size", "quality", "keep", "holdout", "seed", "on_error")
+MESH = ("replicas", "stages", "cuts", "towers")
 VARIANTS = ("activation", "lrn", "pooling", "dropout", "columns")
 
 
@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        from datasets.layout import passing
+
         if not passing(error):
             raise
         print(f"towers: a store failed, again and again: {error}", file=sys.stderr)
@@ -104,6 +106,30 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("shards", metavar="SHARDS", help=_help("shards"))
     _workers(validate)
 
+    export = _command(
+        commands,
+        "export",
+        "write a run's weights into a file",
+        "towers export RUN alexnet.safetensors",
+        _export,
+    )
+    export.add_argument("run", metavar="RUN", help=_help("run"))
+    export.add_argument("file", metavar="FILE", help="A name in .safetensors or .pt.")
+    export.add_argument("--step", type=int, help="Of this checkpoint instead of the last.")
+
+    import_ = _command(
+        commands,
+        "import",
+        "make a run out of weights",
+        "towers import bvlc_alexnet.npz RUN --network alexnet-2012 --shards SHARDS",
+        _import,
+    )
+    import_.add_argument("file", metavar="FILE", help="In .safetensors, .pt, or Caffe's .npz.")
+    import_.add_argument("run", metavar="RUN", help=_help("run"))
+    for f in fields(Config):
+        if f.name in ("network", "shards", *VARIANTS):
+            _option(import_, f)
+
     describe = _command(
         commands,
         "describe",
@@ -113,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     describe.add_argument("--classes", type=int, help="Classes; 1000, or 10 of the small networks.")
     for f in fields(Config):
-        if f.name in ("network", "towers", "batch", *VARIANTS):
+        if f.name in ("network", *MESH, "batch", *VARIANTS):
             _option(describe, f)
     return parser
 
@@ -254,16 +280,39 @@ def _count(workers: int | None) -> int | None:
     return workers
 
 
+def _export(args: argparse.Namespace) -> int:
+    from workers.progress import table
+    from workers.weights import export
+
+    return _print(args, export(locate(args.run), args.file, getattr(args, "step", None)), table)
+
+
+def _import(args: argparse.Namespace) -> int:
+    from workers.progress import table
+    from workers.weights import import_
+
+    given = {name: value for name, value in _given(args).items() if name != "run"}
+    return _print(args, import_(args.file, locate(args.run), given), table)
+
+
+def _print(args: argparse.Namespace, result: dict[str, Any], table: Any) -> int:
+    print(table([(name, str(value)) for name, value in result.items()]))
+    if getattr(args, "json", False):
+        print(json.dumps(result))
+    return 0
+
+
 def _describe(args: argparse.Namespace) -> int:
     given = {"network": "alexnet", **_given(args)}
     small = given["network"] in ("alexnet-mini", "cifar")
     config = configure({**given, "run": "none"})
     classes = getattr(args, "classes", 10 if small else 1000)
+    from pipeline.mesh import Mesh
     from workers.description import layer_table
 
-    towers = config.towers or config.columns
+    mesh = Mesh(config.replicas, config.stages, config.towers or config.columns)
     try:
-        text, result = layer_table(config.build(classes), towers, config.batch)
+        text, result = layer_table(config.build(classes), mesh, config.parts, config.batch)
     except ValueError as error:
         raise UserError(str(error)) from None
     print(text)

@@ -34,6 +34,21 @@ def test_describe_counts_the_papers_network(capsys: pytest.CaptureFixture[str]) 
         assert layer in out
 
 
+def test_describe_shows_who_sits_where(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["describe", "--stages", "2", "--replicas", "2", "--json"]) == 0
+    out = capsys.readouterr().out
+    ranks = json.loads(out.splitlines()[-1])["ranks"]
+    assert [(r["replica"], r["stage"], r["tower"]) for r in ranks][:4] == [
+        (0, 0, 0),
+        (0, 0, 1),
+        (0, 1, 0),
+        (0, 1, 1),
+    ]
+    assert ranks[0]["layers"] == ["conv1", "conv2"]
+    assert sum(r["parameters"] for r in ranks) == 2 * 60_965_224
+    assert "conv3 to fc8" in out
+
+
 @pytest.fixture
 def parquet(tmp_path: Path) -> Path:
     """Files that hold no images, or none that can be trained on."""
@@ -61,6 +76,10 @@ def parquet(tmp_path: Path) -> Path:
         (["whole.parquet", "--network", "lenet"], "network is 'lenet': one of alexnet, "),
         (["whole.parquet", "--batch", "100", "--microbatches", "3"], "a multiple of 3"),
         (["whole.parquet", "--config", "none.toml"], "none.toml: no such configuration file"),
+        (["whole.parquet", "--stages", "9"], "stages is 9: alexnet has 8 layers"),
+        (["whole.parquet", "--stages", "0"], "stages is 0: at least 1"),
+        (["whole.parquet", "--cuts", "conv9"], "cuts has 'conv9': one of conv2, conv3"),
+        (["whole.parquet", "--cuts", "conv3", "--stages", "3"], "stages is 3: 2 by cuts conv3"),
         (["--resume"], "--resume needs --run RUN"),
         (["--resume", "--run", "nothing"], "nothing/config.toml: no such configuration file"),
         (["gs+nothing://x/y"], "gs+nothing://x/y: Protocol not known"),

@@ -23,6 +23,7 @@ from workers.errors import RunFailed
 from workers.progress import Progress
 from workers.run import checkpoints
 from workers.supervisor import train
+from workers.weights import export, import_
 
 pytestmark = pytest.mark.usefixtures("cluster")
 SMALL = {"network": "alexnet-mini", "batch": 64, "epochs": 2, "augmenters": "1:2"}
@@ -185,6 +186,23 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(
         run(undisturbed[0], shards)
     with pytest.raises(UserError, match=r"holds no run to resume"):
         run(tmp_path / "nothing", shards, resume=True)
+
+
+def test_weights_go_out_and_make_a_run(
+    undisturbed: tuple[Path, dict], shards: str, tmp_path: Path
+) -> None:
+    folder, result = undisturbed
+    file = f"{tmp_path}/w.safetensors"
+    assert export(str(folder), file)["step"] == 6
+    assert "step 6 of" in Path(f"{file}.md").read_text()
+    made = import_(file, f"{tmp_path}/made", {"network": "alexnet-mini", "shards": shards})
+    assert made["weights_sha256"] == result["weights_sha256"]
+    again = run(tmp_path / "made", shards, resume=True, steps=1)
+    assert again["steps"] == 1
+    with pytest.raises(UserError, match=r"fc4.bias is missing"):
+        import_(file, f"{tmp_path}/other", {"network": "cifar"})
+    with pytest.raises(UserError, match="no checkpoint of step 4; there are 3, 6"):
+        export(str(folder), file, 4)
 
 
 class Stopper(Killer):

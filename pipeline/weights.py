@@ -1,0 +1,106 @@
+"""The whole network's weights in files that others read and write."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.network import Network
+
+CAFFE = re.compile(r"(?P<layer>\w+?)(?:[._/](?P<kind>weights?|bias(?:es)?|w|b|0|1))")
+"""Names as people give them who take weights out of Caffe: conv1.weight, conv1_w, conv1/0."""
+
+
+def write_weights(file: str, weights: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Writes weights by whole-network names as `.safetensors`, with `about` beside them, or `.pt`.
+
+    Raises ValueError for another ending.
+    """
+    weights = {name: weight.contiguous() for name, weight in weights.items()}
+    if file.endswith(".safetensors"):
+        from safetensors.torch import save_file
+
+        save_file(weights, file, metadata={"format": "pt", **about})
+    elif file.endswith(".pt"):
+        torch.save({**weights}, file)
+    else:
+        raise ValueError(f"{file}: a name that ends in .safetensors or .pt is wanted")
+
+
+def read_weights(file: str, build: Callable[[int], Network]) -> tuple[Network, dict[str, Tensor]]:
+    """The network that `build` makes for as many classes as a file has, and its weights there.
+
+    The file is `.safetensors` or `.pt` with whole-network names, or an `.npz` of arrays in Caffe's
+    layout.
+
+    Caffe's arrays (those of bvlc_alexnet: maps x maps read x kernel, in two groups) have the shapes
+    of ours, but read blue first: conv1's channels are turned. Raises ValueError, naming file and
+    parameter with both shapes, if they are not those of the network.
+    """
+    found = _read(file)
+    last = f"{build(1000).layers[-1].name}.bias"
+    if last not in found:
+        raise ValueError(f"{file}: {last} is missing; there are {', '.join(sorted(found)[:20])}")
+    network = build(len(found[last]))
+    for index, layer in enumerate(network.layers):
+        for name, want in (
+            (f"{layer.name}.weight", network.weight_shape(index)),
+            (f"{layer.name}.bias", (layer.maps,)),
+        ):
+            have = tuple(found[name].shape) if name in found else None
+            if have != want:
+                raise ValueError(f"{file}: {name} is {have}, {network.name} wants {want}")
+    names = [f"{layer.name}.{kind}" for layer in network.layers for kind in ("weight", "bias")]
+    if extra := sorted(set(found) - set(names)):
+        raise ValueError(f"{file}: {extra[0]} is none of {network.name}'s parameters")
+    return network, {name: found[name].float() for name in names}
+
+
+def read_about(file: str) -> dict[str, Any]:
+    """What was written beside the weights of a `.safetensors` file: network, classes and so on."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        about: dict[str, Any] = dict(opened.metadata() or {})
+    return {k: json.loads(v) if v[:1] in "[{" else v for k, v in about.items()}
+
+
+def _read(file: str) -> dict[str, Tensor]:
+    try:
+        if file.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        if file.endswith(".pt"):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+                raise ValueError("it holds no dictionary of tensors")
+            return state
+        if file.endswith(".npz"):
+            with np.load(file, allow_pickle=False) as arrays:
+                return _caffe({name: arrays[name] for name in arrays.files})
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except Exception as error:  # a damaged file raises whatever its library stumbled on
+        said = " ".join(str(error).split())[:150]
+        raise ValueError(f"{file}: not readable as weights ({said})") from error
+    raise ValueError(f"{file}: a name that ends in .safetensors, .pt or .npz is wanted")
+
+
+def _caffe(arrays: dict[str, Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for key, array in arrays.items():
+        match = CAFFE.fullmatch(key)
+        if not match:
+            raise ValueError(f"{key} is no name of a layer's weight or bias")
+        kind = "weight" if match["kind"] in ("weight", "weights", "w", "0") else "bias"
+        if match["layer"] == "conv1" and kind == "weight":
+            array = array[:, ::-1]
+        found[f"{match['layer']}.{kind}"] = torch.from_numpy(np.ascontiguousarray(array))
+    return found

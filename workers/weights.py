@@ -1,0 +1,82 @@
+"""`towers export` and `towers import`: weights out of a run, and a run out of weights."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pipeline import checkpoint
+from pipeline.optimizer import SGD
+from pipeline.tower import Tower
+from pipeline.weights import read_weights, write_weights
+from workers.config import UserError, configure
+from workers.run import RunFolder, checkpoints
+
+README = """# {name}
+
+{parameters:,} parameters of `{network}`, step {step} of {run}, by Towers. In plain PyTorch:
+
+```python
+from safetensors.torch import load_file
+
+weights = load_file("{name}")  # or torch.load for .pt
+for name, weight in weights.items():
+    print(name, tuple(weight.shape))  # conv1.weight (96, 3, 11, 11), ...
+```
+
+Convolutions that don't cross the towers have two groups: `torch.nn.Conv2d(..., groups=2)`.
+"""
+
+
+def export(run: str, file: str, step: int | None = None) -> dict[str, Any]:
+    """Writes the weights of a run's last checkpoint, or that of a step, and a README beside them.
+
+    Raises UserError if there is no such checkpoint, or the file cannot be written.
+    """
+    kept = checkpoints(run)
+    if not kept:
+        raise UserError(f"{run}: no checkpoint there; is it the folder of a run?")
+    if step is not None and step not in kept:
+        raise UserError(
+            f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, kept))}"
+        )
+    step = kept[-1] if step is None else step
+    config = configure({}, f"{run}/config.toml")
+    weights = checkpoint.load_weights(f"{run}/checkpoints/step-{step:08d}")
+    classes = len(weights[f"{config.build(1000).layers[-1].name}.bias"])
+    about = {"network": config.network, "classes": str(classes), "step": str(step)}
+    try:
+        write_weights(file, weights, about | {"recipe": config.to_toml()})
+        parameters = sum(weight.numel() for weight in weights.values())
+        values = {"name": os.path.basename(file), "parameters": parameters, "step": step}
+        with open(f"{file}.md", "w") as f:
+            f.write(README.format(**values, network=config.network, run=run))
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error}") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return {"file": file, "step": step, "parameters": parameters, "classes": classes}
+
+
+def import_(file: str, run: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Makes a run whose checkpoint of step 0 has the weights of a file, from which `towers train
+    --resume` goes on.
+
+    Raises UserError if they are not the network's, or the run is there already.
+    """
+    config = configure({**given, "run": run})
+    try:
+        network, weights = read_weights(file, config.build)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    folder = RunFolder(config, resume=False)
+    folder.create()
+    tower = Tower(network, seed=config.seed)
+    tower.load_state_dict({f"blocks.{name}": weight for name, weight in weights.items()})
+    optimizer = SGD(tower.weights(), rate=config.rate, momentum=config.momentum)
+    progress = {"step": 0, "skipped": 0, "evaluations": []}
+    checkpoint.save(folder.checkpoint(0), tower, optimizer, progress, None)
+    folder.event("import", file=file)
+    folder.close()
+    sha = checkpoint.weights_sha256(folder.checkpoint(0))
+    return {"run": config.run, "classes": network.classes, "weights_sha256": sha}
