@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -42,28 +43,38 @@ def save(
 
     `progress`: what JSON can hold, such as the position in the data.
     """
-    _dump(path, _state(tower, optimizer, progress, mesh), None, no_dist=mesh is None)
+    state = _state(tower, optimizer, optimizer.rate, json.dumps(progress), mesh)
+    _dump(path, state, None, alone=mesh is None)
 
 
 class Writer:
     """Writes checkpoints while training goes on: from copies, in a process group of its own.
 
-    One at a time: `save` first waits for the one before. Every rank of the mesh does the same.
+    Even the copies are made beside the next step's forward and backward; only its update waits
+    until they are complete. One checkpoint at a time: `save` first waits for the one before. Every
+    rank of the mesh does the same. `stood`: seconds that training stood still for all this.
     """
 
     def __init__(self, mesh: DeviceMesh | None) -> None:
         self.mesh = mesh
         self.group = dist.new_group(backend="gloo") if mesh else None
+        self.stood = 0.0
         self._copies: dict[str, Tensor] = {}
+        self._complete = threading.Event()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
     def save(self, path: str, tower: Tower, optimizer: SGD, progress: dict[str, Any]) -> None:
-        """Copies the state and starts to write it, as `save` of this module does."""
+        """Starts to write the state as it is now, as `save` of this module does."""
+        start = time.perf_counter()
         self.finish()
-        state = _state(tower, optimizer, progress, self.mesh, self._copied)
-        self._thread = threading.Thread(target=self._write, args=(path, state), daemon=True)
+        self._complete.clear()
+        optimizer.before_change = self._wait
+        rest = optimizer.rate, json.dumps(progress)
+        arguments = path, tower, optimizer, *rest
+        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self._thread.start()
+        self.stood += time.perf_counter() - start
 
     @property
     def busy(self) -> bool:
@@ -84,15 +95,25 @@ class Writer:
             raise failure
         return True
 
+    def _wait(self) -> None:
+        """Returns once the copies are complete, so that weights may change."""
+        start = time.perf_counter()
+        self._complete.wait()
+        self.stood += time.perf_counter() - start
+
     def _copied(self, name: str, local: Tensor) -> Tensor:
         # The same memory each time: fresh pages cost more than the copy.
         if name not in self._copies:
             self._copies[name] = torch.empty_like(local)
         return self._copies[name].copy_(local)
 
-    def _write(self, path: str, state: dict[str, Any]) -> None:
+    def _write(self, path: str, tower: Tower, optimizer: SGD, rate: float, progress: str) -> None:
         try:
-            _dump(path, state, self.group)
+            try:
+                state = _state(tower, optimizer, rate, progress, self.mesh, self._copied)
+            finally:
+                self._complete.set()
+            _dump(path, state, self.group, alone=self.mesh is None)
         except BaseException as error:
             self._failure = error
 
@@ -141,22 +162,19 @@ def weights_sha256(path: str) -> str:
 def _state(
     tower: Tower,
     optimizer: SGD,
-    progress: dict[str, Any],
+    rate: float,
+    progress: str,
     mesh: DeviceMesh | None,
     copied: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
-    return {
-        **_tensors(tower, optimizer, mesh, copied),
-        "rate": optimizer.rate,  # momentum is kept in units of it
-        "progress": json.dumps(progress),
-    }
+    # Momentum is kept in units of the rate.
+    return {**_tensors(tower, optimizer, mesh, copied), "rate": rate, "progress": progress}
 
 
 def _dump(
-    path: str, state: dict[str, Any], group: dist.ProcessGroup | None, no_dist: bool | None = None
+    path: str, state: dict[str, Any], group: dist.ProcessGroup | None, *, alone: bool
 ) -> None:
     writer = FsspecWriter(path) if "://" in path else dcp.FileSystemWriter(path)
-    alone = group is None if no_dist is None else no_dist
     try:
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=alone)
     except CheckpointException as error:  # which is no Exception

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -34,6 +36,9 @@ class SGD(torch.optim.SGD):
         ]
         super().__init__(groups, lr=rate, momentum=momentum, fused=True)
         self.rate = rate
+        self.before_change: Callable[[], None] = lambda: None
+        """Called before weights or velocities change: a checkpoint may still be copying them."""
+        self.register_step_pre_hook(lambda *_: self.before_change())
 
     def set_rate(self, rate: float) -> None:
         """The rate of the next steps; velocities keep their values."""
@@ -42,6 +47,7 @@ class SGD(torch.optim.SGD):
             new = rate * group["factor"]
             if new == group["lr"]:
                 continue
+            self.before_change()
             for p in group["params"]:
                 buffer = self.state[p].get("momentum_buffer")
                 if buffer is not None:

@@ -171,9 +171,10 @@ class Trainer:
         if self.line and not self.first:
             x = self.line.receive(self.tower.input_shape(end - start), self._like)
             x.requires_grad_(torch.is_grad_enabled())
+            begun = clock()
         else:
+            begun = clock()
             x = self._pixels(images, start, end)
-        begun = clock()
         y = self.tower(x, self.pair, dropout)
         if self.line and not self.last:
             self.trace.add("forward", name, begun)
