@@ -123,7 +123,7 @@ def load(path: str, tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> di
 
     Raises ValueError, naming a parameter, if it is of another network.
     """
-    _check(path, tower.network)
+    check(path, tower.network)
     state = {**_tensors(tower, optimizer, mesh), "rate": 0.0, "progress": ""}
     dcp.load(state, storage_reader=_reader(path), no_dist=mesh is None)
     optimizer.restore_rate(state["rate"])
@@ -224,7 +224,8 @@ def _metadata(path: str) -> dict[str, TensorStorageMetadata]:
     return {name: m for name, m in items.items() if isinstance(m, TensorStorageMetadata)}
 
 
-def _check(path: str, network: Network) -> None:
+def check(path: str, network: Network) -> None:
+    """Raises ValueError, naming parameter and shapes, if a checkpoint is of another network."""
     saved = {n.split(".", 1)[1]: tuple(m.size) for n, m in _metadata(path).items()}
     for index, layer in enumerate(network.layers):
         want, have = network.weight_shape(index), saved.get(f"{layer.name}.weight")

@@ -106,6 +106,16 @@ def _parser() -> argparse.ArgumentParser:
     validate.add_argument("shards", metavar="SHARDS", help=_help("shards"))
     _workers(validate)
 
+    scale = _command(
+        commands,
+        "scale",
+        "change the fleet of a run that is going on",
+        "towers scale RUN --augmenters 8:32",
+        _scale,
+    )
+    scale.add_argument("run", metavar="RUN", help=_help("run"))
+    scale.add_argument("--augmenters", metavar="MIN:MAX", required=True, help=_help("augmenters"))
+
     export = _command(
         commands,
         "export",
@@ -278,6 +288,15 @@ def _count(workers: int | None) -> int | None:
     if workers is not None and workers < 1:
         raise UserError(f"workers is {workers}: at least 1")
     return workers
+
+
+def _scale(args: argparse.Namespace) -> int:
+    from workers.run import write_scale
+
+    augmenters = configure({"augmenters": args.augmenters, "run": "none"}).augmenters
+    write_scale(locate(args.run), augmenters)
+    print(f"{args.run}: {augmenters} augmenters, as soon as the run looks")
+    return 0
 
 
 def _export(args: argparse.Namespace) -> int:

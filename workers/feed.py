@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -17,6 +17,9 @@ from datasets import DataError
 from pipeline.training import Images
 from workers.fleet import READ_AHEAD, Fleet, Watch, unpack
 
+STALL_SECONDS = 10.0
+"""Without a batch that ranks wait for, before the fleet is started anew; longer for slow fleets."""
+
 # Blocks lie in shared memory that is read-only; nothing here writes to crops.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
@@ -25,7 +28,9 @@ class Feed:
     """A Ray actor that runs the fleet ahead of the towers by a bounded number of batches.
 
     `open` starts at an item; then each rank `take`s each item once. Only references pass through
-    here, the batches themselves go from an augmenter's node to the towers'.
+    here, the batches themselves go from an augmenter's node to the towers'. The stream of the fleet
+    is disposable: it is dropped, and another one goes on at the next item, when the fleet's size is
+    changed and when it stalls.
     """
 
     def __init__(self, fleet: Fleet) -> None:
@@ -36,37 +41,111 @@ class Feed:
         self.there = threading.Condition()
         self.window: dict[tuple[int, int], _Held] = {}
         self.failure: BaseException | None = None
+        self.next = (0, 0)  # item and replica that the stream is to bring next
+        self.taken = -1  # last item that a rank has
+        self.end: int | None = None  # first item that nobody gets any more
+        self.asked = 0  # ranks that wait for something now
+        self.streams = 0
+        self.moved = time.monotonic()  # when the stream last brought something, or began
+        self.slowest = 0.0  # seconds that it ever took between two parts
+        self.stalls = 0
 
     def open(self, start: int) -> None:
         """Starts a stream at item `start`."""
-        stream = self.fleet.stream(start, self.watch)
-        threading.Thread(target=self._pull, args=(stream,), daemon=True).start()
+        with self.there:
+            self.next, self.taken = (start, 0), start - 1
+            self._begin()
+        threading.Thread(target=self._guard, daemon=True).start()
 
-    def _pull(self, stream: Iterator[tuple[int, int, Any]]) -> None:
+    def scale(self, augmenters: str) -> None:
+        """Goes on with a fleet of another size, MIN:MAX, from the next item."""
+        with self.there:
+            self.fleet.config = replace(self.fleet.config, augmenters=augmenters)
+            self._begin()
+
+    def stop(self) -> int:
+        """Ends all ranks before one item, the first that none of them has; returns it."""
+        with self.there:
+            if self.end is None:
+                self.end = self.taken + 1
+            self.there.notify_all()
+            return self.end
+
+    def _begin(self) -> None:
+        """A new stream at the next item, and an end to the one before; the lock is held."""
+        self.streams += 1
+        self.moved = time.monotonic()
+        # It may wait for an augmenter that never comes back, so it is not left to end by itself.
+        threading.Thread(target=self.watch.end, daemon=True).start()
+        self.watch = Watch()
+        arguments = self.streams, self.fleet.stream(self.next[0], self.watch)
+        threading.Thread(target=self._pull, args=arguments, daemon=True).start()
+        self.there.notify_all()
+
+    def _pull(self, number: int, stream: Iterator[tuple[int, int, Any]]) -> None:
         try:
             for index, replica, (pixels, rest) in stream:
                 with self.there:
-                    self.there.wait_for(lambda: len(self.window) < READ_AHEAD * self.fleet.replicas)
+                    self.there.wait_for(lambda: self._unwanted(number) or self._room())
+                    if self._unwanted(number):
+                        return
+                    if (index, replica) < self.next:
+                        continue  # the stream before has brought it
+                    now = time.monotonic()
+                    if self.window or self.asked:
+                        self.slowest = max(self.slowest, now - self.moved)
+                    self.moved = now
                     self.window[index, replica] = _Held(pixels, rest, *self.takers)
+                    more = replica + 1 < self.fleet.replicas
+                    self.next = (index, replica + 1) if more else (index + 1, 0)
                     self.there.notify_all()
         except BaseException as error:
             with self.there:
-                self.failure = error
-                self.there.notify_all()
+                if not self._unwanted(number):
+                    self.failure = error
+                    self.there.notify_all()
+        finally:
+            stream.close()  # type: ignore[attr-defined]
 
-    def take(self, index: int, replica: int, pixels: bool) -> list[Any]:
+    def _unwanted(self, number: int) -> bool:
+        return number != self.streams or self.end is not None
+
+    def _room(self) -> bool:
+        return len(self.window) < READ_AHEAD * self.fleet.replicas
+
+    def _guard(self) -> None:
+        """Drops a stream that brings nothing while ranks wait: Ray Data may wait for ever for an
+        actor whose node has left.
+        """
+        while self.failure is None and self.end is None:
+            time.sleep(0.5)
+            with self.there:
+                last = self.next[0] >= len(self.fleet.itinerary)
+                limit = max(STALL_SECONDS, 4 * self.slowest) * 2 ** min(self.stalls, 4)
+                if last or not self.asked or time.monotonic() - self.moved < limit:
+                    continue
+                self.stalls += 1
+                self._begin()
+
+    def take(self, index: int, replica: int, pixels: bool) -> list[Any] | None:
         """A list (so that Ray does not resolve them) of the references to a replica's part: its
-        pixels, None for a stage that needs none, and the rest.
+        pixels, None for a stage that needs none, and the rest. None if the run ends before it.
 
         Raises what ended the stream, if it ended before this item.
         """
         key = index, replica
         with self.there:
-            self.there.wait_for(lambda: key in self.window or self.failure)
+            self.asked += 1
+            self.there.notify_all()
+            self.there.wait_for(lambda: key in self.window or self.failure or self._over(index))
+            self.asked -= 1
             if key not in self.window:
+                if self._over(index):
+                    return None
                 assert self.failure
                 raise self.failure
             held = self.window[key]
+            self.taken = max(self.taken, index)
             taken = [held.pixels if pixels else None, held.rest]
             held.pixels_left -= pixels
             held.left -= 1
@@ -77,9 +156,16 @@ class Feed:
             self.there.notify_all()
         return taken
 
+    def _over(self, index: int) -> bool:
+        return self.end is not None and index >= self.end
+
     def state(self) -> dict[str, int]:
-        """`augmenters` that run now, `ready` batches."""
-        return {"augmenters": self.watch.augmenters, "ready": len(self.window)}
+        """`augmenters` that run now, `ready` batches, `stalls` of the fleet so far."""
+        return {
+            "augmenters": self.watch.augmenters,
+            "ready": len(self.window),
+            "stalls": self.stalls,
+        }
 
 
 @dataclass
@@ -108,13 +194,18 @@ class Stream:
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
         threading.Thread(target=self._fetch, args=(feed, replica, start, stop), daemon=True).start()
 
-    def next(self) -> Images:
-        """The next item's images. Raises DataError for data that the run may not go on without."""
+    def next(self) -> Images | None:
+        """The next item's images, None if the run is to end before it.
+
+        Raises DataError for data that the run may not go on without.
+        """
         start = time.perf_counter()
         part = self._ready.get()
         self.waited += time.perf_counter() - start
         if isinstance(part, BaseException):
             raise part
+        if part is None:
+            return None
         if part.error:
             raise DataError(part.error)
         batch = part.batch
@@ -126,7 +217,11 @@ class Stream:
         try:
             asked = feed.take.remote(start, replica, self.pixels) if start < stop else None
             for index in range(start, stop):
-                pixels, rest = ray.get(asked)
+                taken = ray.get(asked)
+                if taken is None:
+                    self._ready.put(None)
+                    return
+                pixels, rest = taken
                 # The next answer comes while this block is on its way.
                 more = index + 1 < stop
                 asked = feed.take.remote(index + 1, replica, self.pixels) if more else None

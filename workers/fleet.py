@@ -178,6 +178,11 @@ class Watch:
 
         return Started
 
+    def end(self) -> None:
+        """Ends the execution, whatever it waits for."""
+        if self.executor:
+            self.executor.shutdown(force=True)
+
     @property
     def operators(self) -> list[Any]:
         """Ray Data's physical operators; none before the first execution."""

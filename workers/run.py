@@ -19,6 +19,7 @@ from workers.timeline import picture
 
 COMPLETE = ".metadata"  # `torch.distributed.checkpoint` writes it last
 CONFIG, METRICS, EVENTS = "config.toml", "metrics.jsonl", "events.jsonl"
+SCALE = "augmenters"  # the size of the fleet that was asked for
 
 
 class RunFolder:
@@ -92,6 +93,10 @@ class RunFolder:
         with open(f"{self.local}/{name}", "a") as f:
             f.write(json.dumps({"time": round(time.time(), 3), **line}) + "\n")
 
+    def wanted_augmenters(self) -> str:
+        """What `towers scale` asked for last, as MIN:MAX; "" if it did not."""
+        return read_scale(self.url)
+
     def publish(self) -> None:
         """Copies what was written so far to the run's URL, if it has one."""
         if self.remote:
@@ -119,6 +124,26 @@ class RunFolder:
 
     def _inside(self, url: str) -> str:
         return self.path + url[len(self.url) :]
+
+
+def write_scale(run: str, augmenters: str) -> None:
+    """Asks a run for a fleet of another size. Raises UserError if there is no such run."""
+    fs, path = fsspec.core.url_to_fs(run)
+    if not fs.exists(f"{path}/{CONFIG}"):
+        raise UserError(f"{run}: no run there")
+    fs.pipe_file(f"{path}/{SCALE}.new", augmenters.encode())
+    fs.mv(f"{path}/{SCALE}.new", f"{path}/{SCALE}")
+
+
+def read_scale(run: str) -> str:
+    """What `write_scale` wrote last, "" if nothing."""
+    fs, path = fsspec.core.url_to_fs(run)
+    fs.invalidate_cache()
+    try:
+        text: str = fs.cat_file(f"{path}/{SCALE}").decode().strip()
+    except FileNotFoundError:
+        return ""
+    return text
 
 
 def check_visible(run: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +21,11 @@ from datasets.drawn import write_drawn
 from datasets.plan import Itinerary
 from datasets.shards import Dataset, open_dataset
 from datasets.statistics import Statistics
+from pipeline.network import Network
 from pipeline.tracing import Span
 from workers import placement
 from workers.cluster import connected
-from workers.config import Config
+from workers.config import Config, UserError
 from workers.errors import RunFailed
 from workers.feed import Feed
 from workers.fleet import Fleet, measure
@@ -29,6 +33,8 @@ from workers.placement import Placement
 from workers.progress import Progress
 from workers.run import RunFolder
 from workers.towers import Job, TowerActor
+
+LOOK_SECONDS = 2.0  # between looks at what `towers scale` wants
 
 
 def train(
@@ -55,8 +61,10 @@ def train(
         fleet = Fleet(dataset, job.itinerary, config, where, statistics)
         if advice := config.advice(len(dataset.classes)):
             progress.say(advice)
+        run = _Run(job, fleet, folder, progress)
         try:
-            return _Run(job, fleet, folder, progress).result()
+            with _terminated(run):
+                return run.result()
         finally:
             folder.close()
 
@@ -126,6 +134,8 @@ class _Run:
         self.images = self.seconds = self.stalled = 0.0
         self.actors: list[Any] = []
         self.traces: dict[int, list[Span]] = {}
+        self.stopping, self.stopped = "", False  # the signal that ends the run; whether it is heard
+        self.augmenters, self.stalls, self.looked = job.config.augmenters, 0, 0.0
 
     def result(self) -> dict[str, Any]:
         while True:
@@ -212,7 +222,8 @@ class _Run:
             )
             towers.append(actor)
         self.actors += towers
-        start = _start(itinerary, self.folder, resume)
+        network = self.job.config.build(self.job.classes)
+        start = _start(itinerary, network, resume)
         opened = feed.open.remote(start)  # the fleet starts while the towers build their weights
         address = ray.get(towers[0].address.remote())
         found = ray.get([tower.join.remote(address, resume) for tower in towers])[0]
@@ -223,8 +234,13 @@ class _Run:
         )
         self.progress.start(self.job, found["step"])
         for report in _reports(towers, feed, start):
-            self._take(report, feed)
+            if report:
+                self._take(report, feed)
+            self._heed(feed)
         steps = self.folder.checkpoints()
+        if self.stopping and (not steps or steps[-1] < itinerary.total_steps):
+            step = f"step {steps[-1]}, of which a checkpoint is kept" if steps else "the start"
+            raise RunFailed(f"stopped by {self.stopping} at {step}; --resume goes on from there")
         if not steps:
             raise RunFailed("the run ended without a checkpoint")
         last = steps[-1]
@@ -232,6 +248,27 @@ class _Run:
         if self.traces:
             self.folder.profile(self.traces, mesh)
         return self._summary(last, sha)
+
+    def _heed(self, feed: Any) -> None:
+        """Does what was asked for from outside: a signal, or `towers scale`."""
+        if self.stopping and not self.stopped:
+            self.stopped = True
+            ray.get(feed.stop.remote())
+            self.progress.say(f"{self.stopping}: a checkpoint, and then the end")
+        if time.monotonic() - self.looked < LOOK_SECONDS:
+            return
+        self.looked = time.monotonic()
+        wanted = self.folder.wanted_augmenters()
+        if wanted and wanted != self.augmenters:
+            self.augmenters = wanted
+            ray.get(feed.scale.remote(wanted))
+            self.folder.event("scale", augmenters=wanted)
+            self.progress.say(f"the fleet has {wanted} augmenters from here on")
+        state = ray.get(feed.state.remote())
+        if state["stalls"] > self.stalls:
+            self.stalls = state["stalls"]
+            self.folder.event("stall", stalls=self.stalls)
+            self.progress.say("the fleet brought nothing for a while and was started anew")
 
     def _take(self, report: dict[str, Any], feed: Any) -> None:
         """Acts on one report of a tower."""
@@ -280,22 +317,51 @@ class _Run:
         return result
 
 
-def _start(itinerary: Itinerary, folder: RunFolder, resume: str | None) -> int:
-    """The item to go on with after a checkpoint: read from its progress without its tensors."""
+@contextmanager
+def _terminated(run: _Run) -> Iterator[None]:
+    """Within it SIGTERM, such as of a spot machine or `ray job stop`, ends the run in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, _: Any) -> None:
+        run.stopping = signal.Signals(number).name
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _start(itinerary: Itinerary, network: Network, resume: str | None) -> int:
+    """The item to go on with after a checkpoint: read from its progress without its tensors.
+
+    Raises UserError if the checkpoint is of another network.
+    """
     if not resume:
         return 0
-    from pipeline.checkpoint import read_progress
+    from pipeline import checkpoint
 
-    progress = read_progress(resume)
+    try:
+        checkpoint.check(resume, network)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    progress = checkpoint.read_progress(resume)
     evaluated = any(e["step"] == progress["step"] for e in progress["evaluations"])
     return itinerary.after(progress["step"], evaluated)
 
 
 def _reports(towers: list[Any], feed: Any, start: int) -> Iterator[dict[str, Any]]:
-    """What the towers yield, as it comes, until all have ended; raises what one of them raised."""
+    """What the towers yield, as it comes, until all have ended; {} once a second if nothing does.
+
+    Raises what one of them raised.
+    """
     streams = [tower.train.options(num_returns="streaming").remote(feed, start) for tower in towers]
     while streams:
-        ready, _ = ray.wait(streams, num_returns=1, timeout=5)
+        ready, _ = ray.wait(streams, num_returns=1, timeout=1)
+        if not ready:
+            yield {}
         for stream in ready:
             try:
                 yield ray.get(next(stream))

@@ -21,7 +21,7 @@ from pipeline.optimizer import SGD
 from pipeline.schedule import Line
 from pipeline.tower import Tower
 from pipeline.tracing import clock
-from pipeline.training import NotANumber, Totals, Trainer
+from pipeline.training import Images, NotANumber, Totals, Trainer
 from workers.config import Config
 from workers.feed import Stream
 from workers.placement import Placement
@@ -131,12 +131,15 @@ class TowerActor:
         peers = [peer for peer in (self.pair, self.line) if peer]
         meter, totals, evaluated = _Meter(peers, stream), Totals(), Totals()
         trace, begun = self.trainer.trace, 0
+        images: Images | None = None
         written = 0  # step of the checkpoint that is being written
         replica_size = self.job.placement.mesh.size // self.job.placement.mesh.replicas
         for index in range(start, len(itinerary)):
             item = itinerary.item(index)
             before = clock()
             images = stream.next()
+            if images is None:  # the run is to stop here
+                break
             if stream.skipped:
                 self.progress["skipped"] += stream.skipped
                 if self.rank % replica_size == 0:
@@ -185,6 +188,11 @@ class TowerActor:
                 written = item.step
                 path = f"{self.job.folder}/checkpoints/step-{item.step:08d}"
                 self.writer.save(path, self.tower, self.optimizer, self.progress)
+        if images is None and self.progress["step"] not in (0, written):
+            yield from self._written(written)
+            written = self.progress["step"]
+            path = f"{self.job.folder}/checkpoints/step-{written:08d}"
+            self.writer.save(path, self.tower, self.optimizer, self.progress)
         yield from self._written(written)
         if config.profile:
             yield {"kind": "trace", "rank": self.rank, "spans": trace.spans}

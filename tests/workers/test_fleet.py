@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from datasets.plan import Itinerary
 from datasets.shards import open_dataset
 from datasets.statistics import Statistics
 from workers.config import configure
+from workers.feed import Feed
 from workers.fleet import Fleet, Part, Watch, measure, pack, unpack
 from workers.placement import Placement, cluster_nodes, decide
 
@@ -127,6 +129,71 @@ def test_a_killed_augmenter_changes_nothing(
                 killed += 1
     assert killed == 2
     assert found == alone
+
+
+@pytest.fixture
+def feeds(cluster: None) -> Iterator[Callable[..., Any]]:
+    """Feeds as actors, started at item 0, each for so many ranks."""
+    made = []
+
+    def make(shards: str, ranks: int = 1, **given: Any) -> Any:
+        config = configure({"run": "r", "towers": ranks, **given})
+        whole = fleet(shards, decide([{"CPU": 4}], config), towers=ranks, **given)
+        feed = ray.remote(Feed).options(num_cpus=0, max_concurrency=8).remote(whole)
+        made.append(feed)
+        ray.get(feed.open.remote(0))
+        return feed
+
+    yield make
+    for feed in made:
+        ray.kill(feed)
+
+
+def taken(feed: Any, start: int, stop: int) -> dict[tuple[int, int], str]:
+    """Digests of the parts of some items, as a rank takes them."""
+    found = {}
+    for index in range(start, stop):
+        refs = ray.get(feed.take.remote(index, 0, True))
+        assert refs
+        found[index, 0] = digest(unpack(*ray.get(refs)))
+    return found
+
+
+def test_a_feed_goes_on_over_fleets_of_other_sizes(
+    shards: str, alone: dict[tuple[int, int], str], feeds: Callable[..., Any]
+) -> None:
+    feed = feeds(shards, augmenters="1:1")
+    found = taken(feed, 0, 3)
+    ray.get(feed.scale.remote("3:3"))
+    found |= taken(feed, 3, 12)
+    ray.get(feed.scale.remote("2:2"))
+    found |= taken(feed, 12, len(alone))
+    assert found == alone
+
+
+def test_a_fleet_that_stalls_is_started_anew(
+    shards: str,
+    alone: dict[tuple[int, int], str],
+    feeds: Callable[..., Any],
+    processes: Callable[[str], list[int]],
+) -> None:
+    """Its only augmenter is stopped: it lives, holds its place, and brings nothing."""
+    feed = feeds(shards, augmenters="1:1")
+    found = taken(feed, 0, 3)
+    for pid in processes("ray::MapWorker"):
+        os.kill(pid, signal.SIGSTOP)
+    found |= taken(feed, 3, len(alone))
+    assert found == alone
+    assert ray.get(feed.state.remote())["stalls"] >= 1
+
+
+def test_a_feed_stops_all_ranks_at_one_item(shards: str, feeds: Callable[..., Any]) -> None:
+    feed = feeds(shards, ranks=2)
+    assert all(ray.get(feed.take.remote(index, 0, True)) for index in range(4))
+    assert ray.get(feed.stop.remote()) == 4
+    # The other rank gets there too.
+    assert all(ray.get(feed.take.remote(index, 0, True)) for index in range(4))
+    assert ray.get(feed.take.remote(4, 0, True)) is None
 
 
 def test_slow_towers_stop_the_fleet(shards: str, cluster: None) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,10 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Failing]:
     fsspec.filesystem("s3").makedirs("bucket", exist_ok=True)
     yield app
     fsspec.filesystem("s3").clear_instance_cache()
+    # moto keeps one store a process, whichever server shows it.
+    app.share = 0.0
+    reset = urllib.request.Request(f"{os.environ['AWS_ENDPOINT_URL']}/moto-api/reset", b"")
+    urllib.request.urlopen(reset, timeout=30).close()
     server.shutdown()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from datasets.drawn import draw
 from datasets.images import encode
 from datasets.shards import write_manifest, write_split
 from pipeline.checkpoint import load_weights
+from workers.cli import main
 from workers.config import UserError, configure
 from workers.errors import RunFailed
 from workers.progress import Progress
@@ -135,6 +137,16 @@ def test_a_profile_shows_every_rank(shards: str, tmp_path: Path) -> None:
         assert picture.width == 1600
 
 
+def test_a_checkpoint_of_another_network_is_refused(
+    undisturbed: tuple[Path, dict], shards: str, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"is of another network: conv1.weight is \(32, 3, 11, 11\)"
+    ):
+        run(tmp_path / "run", shards, network="cifar", image=72, resume=True)
+
+
 class Killer(Progress):
     """Kills a process of each kind once a report of its step has come."""
 
@@ -217,6 +229,64 @@ def test_a_hung_tower_ends_the_run_by_name(
     stopper = Stopper({2: "ray::TowerActor"}, processes)
     with pytest.raises(RunFailed, match=r"Stuck: rank \d waited 3 s for rank \d at (conv|fc|the)"):
         run(tmp_path / "run", shards, stopper, timeout=3.0, log_every=1, epochs=50)
+
+
+class Scaler(Progress):
+    """Asks for other fleets as steps go by."""
+
+    def __init__(self, folder: Path, when: dict[int, str]) -> None:
+        super().__init__()
+        self.folder, self.when = folder, dict(when)
+
+    def step(self, report: dict[str, Any]) -> None:
+        super().step(report)
+        for step in [s for s in self.when if s <= report["step"]]:
+            assert main(["scale", str(self.folder), "--augmenters", self.when.pop(step)]) == 0
+
+
+def test_a_fleet_is_scaled_without_touching_the_towers(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.supervisor.LOOK_SECONDS", 0.1)
+    given = {"epochs": 12, "log_every": 1, "augmenters": "1:1"}
+    plain = run(tmp_path / "plain", shards, **given)
+    scaler = Scaler(tmp_path / "run", {4: "2:2", 16: "1:1"})
+    result = run(tmp_path / "run", shards, scaler, **given)
+    assert not scaler.when
+    assert (result["restarts"], result["steps"]) == (0, 36)
+    assert result["weights_sha256"] == plain["weights_sha256"]
+    scales = [
+        e["augmenters"] for e in lines(tmp_path / "run", "events.jsonl") if e["event"] == "scale"
+    ]
+    assert scales == ["2:2", "1:1"]
+
+
+class Terminator(Killer):
+    """Sends this process, the run's, a SIGTERM once a step is done."""
+
+    def step(self, report: dict[str, Any]) -> None:
+        Progress.step(self, report)
+        for step in [s for s in self.when if s <= report["step"]]:
+            self.when.pop(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_terminated_run_keeps_a_checkpoint_and_goes_on(
+    step: int,
+    undisturbed: tuple[Path, dict],
+    shards: str,
+    tmp_path: Path,
+    processes: Callable[[str], list[int]],
+) -> None:
+    terminator = Terminator({step: ""}, processes)
+    with pytest.raises(RunFailed, match=r"stopped by SIGTERM at step \d+, of which a checkpoint"):
+        run(tmp_path / "run", shards, terminator, log_every=1, epochs=20)
+    assert checkpoints(f"{tmp_path}/run")[-1] >= step
+    # The same data and schedule to another end: what was done so far is what it would have done.
+    again = run(tmp_path / "run", shards, resume=True, epochs=20, steps=30)
+    straight = run(tmp_path / "straight", shards, epochs=20, steps=30)
+    assert again["weights_sha256"] == straight["weights_sha256"]
 
 
 @pytest.fixture
