@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,12 @@ class Entry(NamedTuple):
     check: int
     name: str
     label: int
+
+
+def entries_of(table: Any) -> list[Entry]:
+    """The rows of a table of entries."""
+    columns = [table.column(name).to_pylist() for name in Entry._fields]
+    return [Entry(*row) for row in zip(*columns, strict=True)]
 
 
 def fetch(entries: Sequence[Entry], dataset: Dataset | None, split: str) -> Iterator[bytes | str]:

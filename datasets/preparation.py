@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from datasets import DataError
 from datasets.assignment import classes_of, codes_of, labels_of, order_of, splits_of
-from datasets.fetch import Entry, fetch
+from datasets.fetch import Entry, entries_of, fetch
 from datasets.images import decode, standard
 from datasets.layout import Dataset, Shard, address, parquet, persistent, storage
-from datasets.shards import MANIFEST, WORK, Encoded, row_groups, write_manifest, write_shard
+from datasets.shards import WORK, Encoded, read_manifest, row_groups, write_manifest, write_shard
 from datasets.sources import Source
 from datasets.statistics import Sums
 
@@ -254,29 +254,10 @@ def finish(plan: Preparation) -> dict[str, Any]:
     return manifest
 
 
-def read_manifest(url: str) -> dict[str, Any] | None:
-    """`dataset.json` of the folder `url` as it stands there; None if there is none.
-
-    Raises DataError if it is something else.
-    """
-    fs, root = storage(url)
-    try:
-        if not persistent(url, lambda: fs.exists(f"{root}/{MANIFEST}")):
-            return None
-        manifest = json.loads(persistent(url, lambda: fs.cat_file(f"{root}/{MANIFEST}")))
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("splits"), dict):
-            raise ValueError("no splits")
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{url}/{MANIFEST}: not a manifest ({error}); remove it") from error
-    return manifest
-
-
 def _mean_bytes(plan: Preparation, table: Any, orders: dict[str, NDArray[np.int64]]) -> int:
     """Bytes of an image as it will be stored, by the first few."""
     split = next(iter(orders))
-    some = _to_entries(table.take(pa.array(orders[split][:SAMPLE])))
+    some = entries_of(table.take(pa.array(orders[split][:SAMPLE])))
     sizes = [1]
     for entry, data in zip(some, fetch(some, plan.dataset, plan.origin[split]), strict=True):
         try:
@@ -349,14 +330,9 @@ def _entries(plan: Preparation, split: str, number: int) -> list[Entry]:
 
     def read() -> list[Entry]:
         with parquet(url) as file:
-            return _to_entries(file.read_row_group(number))
+            return entries_of(file.read_row_group(number))
 
     return persistent(url, read)
-
-
-def _to_entries(table: Any) -> list[Entry]:
-    columns = [table.column(name).to_pylist() for name in Entry._fields]
-    return [Entry(*row) for row in zip(*columns, strict=True)]
 
 
 def _save_made(plan: Preparation, split: str, number: int, made: Made) -> None:

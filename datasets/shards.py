@@ -154,6 +154,25 @@ def write_manifest(
     fs.mv(partial, path)
 
 
+def read_manifest(url: str) -> dict[str, Any] | None:
+    """`dataset.json` of the folder `url` as it stands there; None if there is none.
+
+    Raises DataError if it is something else.
+    """
+    fs, root = storage(url)
+    try:
+        if not persistent(url, lambda: fs.exists(f"{root}/{MANIFEST}")):
+            return None
+        manifest = json.loads(persistent(url, lambda: fs.cat_file(f"{root}/{MANIFEST}")))
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("splits"), dict):
+            raise ValueError("no splits")
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{url}/{MANIFEST}: not a manifest ({error}); remove it") from error
+    return manifest
+
+
 def row_groups(
     records: Iterable[Encoded], split: str, classes: Sequence[str], rows: int
 ) -> Iterator[list[Encoded]]:

@@ -106,7 +106,7 @@ def configure(given: dict[str, Any], file: str | None = None) -> Config:
     if chosen.get("schedule") == "plateau":
         recipe.pop("drops", None)
     if chosen.get("cuts"):
-        chosen.setdefault("stages", chosen["cuts"].count(",") + 1 + 1)
+        chosen.setdefault("stages", chosen["cuts"].count(",") + 2)
     if chosen.get("stages", 1) > 1 and "microbatches" not in chosen:
         # Twice as many as stages keep most of them busy, if the batch divides.
         each = chosen.get("batch", recipe.get("batch", Config.batch)) // chosen.get("replicas", 1)

@@ -20,6 +20,9 @@ from workers.fleet import READ_AHEAD, Fleet, Watch, unpack
 STALL_SECONDS = 10.0
 """Without a batch that ranks wait for, before the fleet is started anew; longer for slow fleets."""
 
+FIRST_SECONDS = 60.0
+"""The same before the first batch, while actors start."""
+
 # Blocks lie in shared memory that is read-only; nothing here writes to crops.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
@@ -47,7 +50,8 @@ class Feed:
         self.asked = 0  # ranks that wait for something now
         self.streams = 0
         self.moved = time.monotonic()  # when the stream last brought something, or began
-        self.slowest = 0.0  # seconds that it ever took between two parts
+        self.slowest = FIRST_SECONDS / 4  # seconds that it ever took between two parts
+        self.came = False  # whether a part ever did
         self.stalls = 0
 
     def open(self, start: int) -> None:
@@ -92,7 +96,9 @@ class Feed:
                     if (index, replica) < self.next:
                         continue  # the stream before has brought it
                     now = time.monotonic()
-                    if self.window or self.asked:
+                    if not self.came:
+                        self.came, self.slowest = True, 0.0  # that was the start of actors
+                    elif self.asked:
                         self.slowest = max(self.slowest, now - self.moved)
                     self.moved = now
                     self.window[index, replica] = _Held(pixels, rest, *self.takers)
@@ -139,9 +145,9 @@ class Feed:
             self.there.notify_all()
             self.there.wait_for(lambda: key in self.window or self.failure or self._over(index))
             self.asked -= 1
+            if self._over(index):
+                return None
             if key not in self.window:
-                if self._over(index):
-                    return None
                 assert self.failure
                 raise self.failure
             held = self.window[key]

@@ -19,8 +19,8 @@ from datasets.preparation import (
     finished,
     lay_out,
     make_shard,
-    read_manifest,
 )
+from datasets.shards import read_manifest
 from datasets.sources import Source, find_source, scan
 from workers.cluster import connected
 from workers.progress import Progress

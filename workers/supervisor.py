@@ -11,13 +11,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import fsspec
 import numpy as np
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from datasets import DataError
-from datasets.drawn import write_drawn
 from datasets.plan import Itinerary
 from datasets.shards import Dataset, open_dataset
 from datasets.statistics import Statistics
@@ -26,9 +24,10 @@ from pipeline.tracing import Span
 from workers import placement
 from workers.cluster import connected
 from workers.config import Config, UserError
+from workers.data import check_classes, drawn, statistics_of
 from workers.errors import RunFailed
 from workers.feed import Feed
-from workers.fleet import Fleet, measure
+from workers.fleet import Fleet
 from workers.placement import Placement
 from workers.progress import Progress
 from workers.run import RunFolder
@@ -49,13 +48,13 @@ def train(
     if config.shards:
         dataset = open_dataset(config.shards)  # before anything is made or started
         dataset.shards("train")
-        _check_classes(dataset)
+        check_classes(dataset)
     folder = RunFolder(config, resume=resume)
     with connected():
         where = placement.decide(placement.cluster_nodes(), config)
         if not config.shards:
-            dataset = _drawn(folder, progress)
-        statistics = _statistics(dataset, config, folder, where, progress)
+            dataset = drawn(folder, progress)
+        statistics = statistics_of(dataset, config, folder, where, progress)
         config = replace(config, towers=where.mesh.towers)
         job = _job(config, where, dataset, statistics, folder)
         fleet = Fleet(dataset, job.itinerary, config, where, statistics)
@@ -67,37 +66,6 @@ def train(
                 return run.result()
         finally:
             folder.close()
-
-
-def _check_classes(dataset: Dataset) -> None:
-    if (count := len(dataset.classes)) < 2:
-        raise DataError(f"{dataset.root}: labels of {count} class; a network tells 2 or more apart")
-
-
-def _drawn(folder: RunFolder, progress: Progress) -> Dataset:
-    """The built-in data set beside the run, so that all nodes that see the one see the other."""
-    url = f"{folder.url}/shards"
-    if not folder.fs.exists(f"{folder.path}/shards/dataset.json"):
-        progress.say("drawing the built-in data set")
-        write_drawn(url)
-    return open_dataset(url)
-
-
-def _statistics(
-    dataset: Dataset, config: Config, folder: RunFolder, where: Placement, progress: Progress
-) -> Statistics:
-    """Those of the shards if they were made for this image size, else measured and kept."""
-    kept = f"{folder.url}/statistics.npz"
-    for url in (f"{dataset.root.rstrip('/')}/statistics.npz", kept):
-        fs, path = fsspec.core.url_to_fs(url)
-        if fs.exists(path):
-            statistics = Statistics.load(url)
-            if statistics.mean_image.shape[0] == config.image:
-                return statistics
-    progress.say(f"measuring mean and colours of {dataset.rows('train')} images")
-    statistics = measure(dataset, config.image, config.on_error, where.augmenter)
-    statistics.save(kept)
-    return statistics
 
 
 def _job(

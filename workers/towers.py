@@ -53,14 +53,16 @@ class TowerActor:
         host.prepare(job.placement.threads)
         self.job, self.rank = job, rank
 
-    def address(self) -> str:
-        """Where the ranks meet, if this one is the first: its node's address and a free port."""
+    def address(self) -> tuple[str, int]:
+        """Where the ranks meet, if this one is the first: its node's address and port."""
         ip = ray.util.get_node_ip_address()
-        with socket.socket() as s:
-            s.bind((ip, 0))
-            return f"tcp://{ip}:{s.getsockname()[1]}"
+        # It listens from now on: a port that was only found free may be another's a moment later.
+        self.store = dist.TCPStore(
+            ip, 0, self.job.placement.mesh.size, is_master=True, wait_for_workers=False
+        )
+        return ip, self.store.port
 
-    def join(self, address: str, resume: str | None) -> dict[str, Any]:
+    def join(self, address: tuple[str, int], resume: str | None) -> dict[str, Any]:
         """Builds this rank's share, at the weights of checkpoint `resume` or at the start.
 
         Returns the progress that the checkpoint holds. Raises DataError if this node does not see
@@ -71,11 +73,12 @@ class TowerActor:
         device = torch.device("cuda", 0) if placement.device == "cuda" else torch.device("cpu")
         if placement.mesh.size > 1:
             _use_interface(ray.util.get_node_ip_address())
+            size = placement.mesh.size
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                init_method=address,
+                store=self.store if self.rank == 0 else dist.TCPStore(*address, size),
                 rank=self.rank,
-                world_size=placement.mesh.size,
+                world_size=size,
             )
         self.mesh = placement.mesh.groups(device.type)
         self.replica, stage, tower = placement.mesh.place(self.rank)

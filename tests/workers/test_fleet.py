@@ -190,6 +190,8 @@ def test_a_fleet_that_stalls_is_started_anew(
 def test_a_feed_stops_all_ranks_at_one_item(shards: str, feeds: Callable[..., Any]) -> None:
     feed = feeds(shards, ranks=2)
     assert all(ray.get(feed.take.remote(index, 0, True)) for index in range(4))
+    while ray.get(feed.state.remote())["ready"] < 6:  # also what nobody is to get any more
+        time.sleep(0.1)
     assert ray.get(feed.stop.remote()) == 4
     # The other rank gets there too.
     assert all(ray.get(feed.take.remote(index, 0, True)) for index in range(4))
