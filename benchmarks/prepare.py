@@ -80,7 +80,7 @@ def peer_rate(images: list[bytes], times: int, workers: int, sums: bool) -> floa
         return len(images) * times / (time.perf_counter() - start)
 
 
-def own_rate(source: Path, folder: str) -> float:
+def own_rate(source: Path, folder: str, workers: int) -> float:
     """Images a second of `prepare`, from its first task to its last shard; Ray runs already."""
     from workers.prepare import prepare
     from workers.progress import Progress
@@ -90,7 +90,8 @@ def own_rate(source: Path, folder: str) -> float:
             self.rate = count / (time.monotonic() - start)
 
     clock = Clock(io.StringIO())
-    prepare(str(source), folder, progress=clock)
+    cap = None if workers == os.cpu_count() else workers
+    prepare(str(source), folder, workers=cap, progress=clock)
     return clock.rate
 
 
@@ -126,9 +127,16 @@ def main() -> None:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("--times", type=int, default=20, help="How often each photograph counts.")
     parser.add_argument("--repeat", type=int, default=2, help="Measurements of each.")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="Of both; with fewer than cores, Ray's "
+        "own processes have one for themselves, as on a larger machine they nearly do.",
+    )
+    parser.add_argument("--no-memory", action="store_true", help="Leave the memory out.")
     args = parser.parse_args()
-    images = photographs(args.source)
-    workers = os.cpu_count() or 1
+    images, workers = photographs(args.source), args.workers
     with tempfile.TemporaryDirectory() as folder:
         tar = Path(folder) / "once.tar"
         repeated(images, args.times, tar)
@@ -140,7 +148,7 @@ def main() -> None:
             for sums, rates in peers.items():
                 rates.append(peer_rate(images, args.times, workers, sums))
             ray.init(address="local", include_dashboard=False, log_to_driver=False)
-            ours.append(own_rate(tar, f"{folder}/shards{n}"))
+            ours.append(own_rate(tar, f"{folder}/shards{n}", workers))
             ray.shutdown()
         own = statistics.median(ours)
         print(f"{len(images) * args.times} photographs, {workers} workers, images a second a core:")
@@ -149,6 +157,8 @@ def main() -> None:
             peer = statistics.median(rates)
             name = "with statistics" if sums else "images alone"
             print(f"  bare loop, {name:15} {peer / workers:7.1f}   ratio {own / peer:.2f}")
+        if args.no_memory:
+            return
         large = Path(folder) / "ten.tar"
         tar.rename(large)
         repeated(images, max(1, args.times // 10), tar)
