@@ -32,7 +32,7 @@ GROUPS_ROWS = 2048  # rows that a task of `measure` goes through
 RUNNING = 2  # blocks that an augmenter works on or has next
 
 
-Packed = tuple[Any, Any]  # references to the two tables of `pack`
+Packed = tuple[Any, Any]  # references to a part's pixels and to the rest; the same if not apart
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Fleet:
     ) -> None:
         self.dataset, self.itinerary, self.config, self.where = dataset, itinerary, config, where
         self.replicas = where.mesh.replicas
+        self.apart = where.mesh.stages > 1  # two blocks a part cost the fleet a quarter of its rate
         self.crop = config.build(len(dataset.classes)).crop
         self.aug = Augmentation(
             config.image,
@@ -126,7 +127,7 @@ class Fleet:
         )
         bundles = parts.iter_internal_ref_bundles()
         refs = (ref for bundle in bundles for ref in bundle.block_refs)
-        yield from zip(refs, refs, strict=True)
+        yield from zip(refs, refs, strict=True) if self.apart else ((ref, ref) for ref in refs)
 
     def _set_context(self, watch: Watch, high: int) -> None:
         """Ray Data's settings of this process: order kept, memory bounded, silence."""
@@ -135,7 +136,8 @@ class Fleet:
         size = images * (self.crop * self.crop * 3 + 32) + 4096
         context = DataContext.get_current()
         context.enable_progress_bars = False
-        context.target_max_block_size = 1  # so that each half of a part is a block
+        # Each half of a part is to be a block of its own, where there are halves.
+        context.target_max_block_size = 1 if self.apart else size
         context.custom_execution_callback_classes = [watch.callback()]
         options = context.execution_options
         options.preserve_order = True
@@ -155,7 +157,7 @@ class Augmenter:
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         row = block.to_pylist()[0]
         part = self.fleet.load(row["item"], row["replica"], self.loaders)
-        yield from pack(replace(part, node=self.node))
+        yield from pack(replace(part, node=self.node), self.fleet.apart)
 
 
 class Watch:
@@ -194,28 +196,28 @@ class Watch:
         return sum(op.get_actor_info().running for op in self.operators)
 
 
-def pack(part: Part) -> tuple[pa.Table, pa.Table]:
-    """A part as two tables of one row and one schema, so that stages without pixels receive none:
-    crops and shifts, and all the rest. The crops are not copied.
+def pack(part: Part, apart: bool) -> tuple[pa.Table, ...]:
+    """A part as a table of one row; if `apart`, as two of one schema, so that stages without pixels
+    receive none: crops and shifts, and all the rest. The crops are not copied.
     """
     batch, none = part.batch, np.zeros(0, np.uint8)
 
-    def table(pixels: bool) -> pa.Table:
+    def table(pixels: bool, rest: bool) -> pa.Table:
         return pa.table(
             {
                 "crops": _binary(batch.crops if pixels else none),
                 "shifts": _binary(batch.shifts if pixels else none),
-                "labels": _binary(none if pixels else batch.labels),
-                "rows": _binary(none if pixels else batch.rows),
-                "places": _binary(none if pixels else part.places),
+                "labels": _binary(batch.labels if rest else none),
+                "rows": _binary(batch.rows if rest else none),
+                "places": _binary(part.places if rest else none),
                 "skipped": [batch.skipped],
-                "faults": pa.array([[] if pixels else batch.faults], pa.list_(pa.string())),
+                "faults": pa.array([batch.faults if rest else []], pa.list_(pa.string())),
                 "error": [part.error],
                 "node": [part.node],
             }
         )
 
-    return table(True), table(False)
+    return (table(True, False), table(False, True)) if apart else (table(True, True),)
 
 
 def unpack(pixels: pa.Table | None, rest: pa.Table) -> Part:
