@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from datasets import DataError
+from datasets.layout import said
 
 MAX_HEADER = 1 << 20
 """Bytes that an archive's header may ask for at once; a damaged one may name any number."""
@@ -58,7 +59,7 @@ def tar_members(
     except (tarfile.TarError, EOFError, OverflowError, UnicodeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{place}: not readable as tar ({_said(error)}); copy it again") from error
+        raise DataError(f"{place}: not readable as tar ({said(error)}); copy it again") from error
     file.seek(at)
     block = file.read(tarfile.BLOCKSIZE) if at < end else b""
     if len(block) < tarfile.BLOCKSIZE:
@@ -95,7 +96,7 @@ def zip_members(file: Any, place: str) -> Iterator[Member]:
     except DataError:
         raise
     except Exception as error:  # zipfile raises whatever a damaged directory makes it stumble on
-        raise DataError(f"{place}: not readable as zip ({_said(error)}); copy it again") from error
+        raise DataError(f"{place}: not readable as zip ({said(error)}); copy it again") from error
 
 
 class _Headers:
@@ -109,7 +110,3 @@ class _Headers:
             raise tarfile.ReadError(f"a header of {size} bytes")
         data: bytes = self._file.read(size)
         return data
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(str(error).split())[:150] or type(error).__name__

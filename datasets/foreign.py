@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from datasets import DataError
 from datasets.layout import Shard, parquet
+
+T = TypeVar("T")
 
 SPLITS = {
     "train": "train",
@@ -43,7 +46,11 @@ def split_files(root: str, paths: list[str]) -> dict[str, list[str]]:
         splits[known or (numbered[1] if numbered else "train")].append(path)
     for files in splits.values():
         _check_complete(root, files)
-    # Training first, and a fixed order whatever the files are called.
+    return in_order(splits)
+
+
+def in_order(splits: Mapping[str, T]) -> dict[str, T]:
+    """Training first, then validation, and a fixed order whatever the others are called."""
     order = sorted(splits, key=lambda split: (split != "train", split != "val", split))
     return {split: splits[split] for split in order}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,6 +99,18 @@ def address(fs: Any, path: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
 
+def write_whole(fs: Any, path: str, data: bytes) -> None:
+    """Writes a file of `fs`, complete or not at all."""
+    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    fs.pipe_file(partial, data)
+    fs.mv(partial, path)
+
+
+def said(error: BaseException) -> str:
+    """What an error says, in one line that is not too long."""
+    return " ".join(str(error).split())[:150] or type(error).__name__
+
+
 ATTEMPTS = 5
 """How often a store is asked before it is given up."""
 
@@ -122,8 +135,8 @@ def persistent(what: str, call: Callable[[], T]) -> T:
                 break
         if attempt + 1 < ATTEMPTS:
             time.sleep(PAUSE * 2**attempt)
-    said = " ".join(str(last).split())[:150] or type(last).__name__
-    raise DataError(f"{what}: the store failed, again and again ({said}); try later") from last
+    reason = said(last)
+    raise DataError(f"{what}: the store failed, again and again ({reason}); try later") from last
 
 
 _TRIED = (errno.EBUSY, errno.EIO)
@@ -179,7 +192,7 @@ def parquet(path: str, footer: Any = None) -> Iterator[Any]:
     except Exception as error:  # a damaged file raises whatever Arrow stumbled on
         if passing(error):
             raise
-        reason = " ".join(str(error).split())[:150].rstrip(".") or type(error).__name__
+        reason = said(error).rstrip(".")
         raise DataError(
             f"{path}: not readable as Parquet ({reason}); copy or prepare it again"
         ) from error

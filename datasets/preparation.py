@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from datasets import DataError
 from datasets.assignment import classes_of, codes_of, labels_of, order_of, splits_of
 from datasets.fetch import Entry, entries_of, fetch
+from datasets.foreign import in_order
 from datasets.images import decode, standard
-from datasets.layout import Dataset, Shard, address, parquet, persistent, storage
+from datasets.layout import Dataset, Shard, address, parquet, persistent, storage, write_whole
 from datasets.shards import WORK, Encoded, read_manifest, row_groups, write_manifest, write_shard
-from datasets.sources import Source
+from datasets.sources import Source, plain
 from datasets.statistics import Sums
 
 SHARD_BYTES = 256 << 20
@@ -79,6 +80,11 @@ class Preparation:
     def name(self, split: str, number: int) -> str:
         """A shard's file name."""
         return f"{split}-{number:05d}-of-{self.shards[split]:05d}.parquet"
+
+    def bounds(self, split: str, number: int) -> tuple[int, int]:
+        """Where a shard's entries begin and end in those of its split."""
+        n, count = self.images[split], self.shards[split]
+        return n * number // count, n * (number + 1) // count
 
 
 @dataclass(frozen=True)
@@ -191,8 +197,11 @@ def make_shard(plan: Preparation, split: str, number: int) -> Iterator[int]:
 
 def complete(plan: Preparation) -> bool:
     """Whether the data set at `plan.url` already is what this plan makes."""
-    made = (read_manifest(plan.url) or {}).get("prepared", {})
-    return all(made.get(split) == plan.digest for split in plan.shards)
+    return _is_of(plan, (read_manifest(plan.url) or {}).get("prepared", {}))
+
+
+def _is_of(plan: Preparation, prepared: Mapping[str, str]) -> bool:
+    return all(prepared.get(split) == plan.digest for split in plan.shards)
 
 
 def finished(plan: Preparation, split: str, number: int) -> Made | None:
@@ -238,10 +247,9 @@ def finish(plan: Preparation) -> dict[str, Any]:
                 total.merge(made.sums)
     if "train" in plan.shards:
         total.finish().save(f"{plan.url.rstrip('/')}/statistics.npz")
-    order = sorted(splits, key=lambda split: (split != "train", split != "val", split))
     write_manifest(
         plan.url,
-        {split: splits[split] for split in order},
+        in_order(splits),
         plan.classes,
         size=None if plan.options.keep else plan.options.size,
         skipped=skipped,
@@ -249,9 +257,7 @@ def finish(plan: Preparation) -> dict[str, Any]:
         prepared={**before.get("prepared", {}), **dict.fromkeys(plan.shards, plan.digest)},
     )
     fs.rm(f"{root}/{WORK}", recursive=True)
-    manifest = read_manifest(plan.url)
-    assert manifest
-    return manifest
+    return read_manifest(plan.url) or {}
 
 
 def _mean_bytes(plan: Preparation, table: Any, orders: dict[str, NDArray[np.int64]]) -> int:
@@ -280,9 +286,9 @@ def _digest(plan: Preparation, tables: dict[str, Any]) -> str:
     digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=16)
     for split, table in tables.items():
         digest.update(split.encode())
-        plain = pa.schema([(f.name, getattr(f.type, "value_type", f.type)) for f in table.schema])
+        schema = plain(table.schema)
         for start in range(0, len(table), 1 << 16):
-            some = table.slice(start, 1 << 16).cast(plain).combine_chunks()
+            some = table.slice(start, 1 << 16).cast(schema).combine_chunks()
             digest.update(some.to_batches()[0].serialize())
     return digest.hexdigest()
 
@@ -297,7 +303,7 @@ def _keep(plan: Preparation, tables: dict[str, Any], before: dict[str, Any] | No
                 f"{plan.url}: already holds a split {split!r}, prepared from something else or "
                 "otherwise; remove it or name another folder"
             )
-    if complete(plan):
+    if _is_of(plan, made):
         return
     kept = f"{root}/{WORK}/plan.json"
     try:
@@ -312,17 +318,12 @@ def _keep(plan: Preparation, tables: dict[str, Any], before: dict[str, Any] | No
         for split, table in tables.items():
             path = f"{root}/{WORK}/{split}.parquet"
             with fs.open(path, "wb") as file, pq.ParquetWriter(file, table.schema) as writer:
-                for start, stop in _bounds(plan, split):
+                for number in range(plan.shards[split]):
+                    start, stop = plan.bounds(split, number)
                     writer.write_table(table.slice(start, stop - start), stop - start)
         fs.pipe_file(kept, json.dumps({"digest": plan.digest}).encode())
     except OSError as error:
         raise DataError(f"{plan.url}: cannot be written: {error}; free or mend it") from None
-
-
-def _bounds(plan: Preparation, split: str) -> list[tuple[int, int]]:
-    """Where each shard's entries begin and end."""
-    n, count = plan.images[split], plan.shards[split]
-    return [(n * i // count, n * (i + 1) // count) for i in range(count)]
 
 
 def _entries(plan: Preparation, split: str, number: int) -> list[Entry]:
@@ -345,6 +346,4 @@ def _save_made(plan: Preparation, split: str, number: int, made: Made) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     fs, root = storage(plan.url)
-    path = f"{root}/{WORK}/{split}-{number:05d}"
-    fs.pipe_file(f"{path}.partial", buffer.getvalue())
-    fs.mv(f"{path}.partial", f"{path}.npz")
+    write_whole(fs, f"{root}/{WORK}/{split}-{number:05d}.npz", buffer.getvalue())

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from datasets import DataError
 from datasets.foreign import columns, numbered_classes, split_files
-from datasets.layout import Dataset, Shard, address, parquet, persistent, storage
+from datasets.layout import Dataset, Shard, address, parquet, persistent, storage, write_whole
 from datasets.rows import Record, Rows
 
 __all__ = [
@@ -148,10 +148,7 @@ def write_manifest(
         },
     }
     fs, root = storage(url)
-    path = f"{root}/{MANIFEST}"
-    partial = f"{path}.{uuid.uuid4().hex}.partial"
-    fs.pipe_file(partial, (json.dumps(manifest, indent=1) + "\n").encode())
-    fs.mv(partial, path)
+    write_whole(fs, f"{root}/{MANIFEST}", (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def read_manifest(url: str) -> dict[str, Any] | None:
@@ -279,8 +276,13 @@ def _ours(root: str, text: bytes) -> Dataset:
 def _check_footers(dataset: Dataset) -> None:
     shards = [shard for split in dataset.splits.values() for shard in split]
     for shard, (found, _) in zip(shards, _footers([s.path for s in shards]), strict=True):
-        if found.groups != shard.groups:
-            raise DataError(
-                f"{shard.path}: {found.rows} rows in {len(found.groups)} row groups, "
-                f"{shard.rows} in {len(shard.groups)} by {MANIFEST}; prepare the data set again"
-            )
+        check_groups(shard, found)
+
+
+def check_groups(shard: Shard, found: Shard) -> None:
+    """Raises DataError if a file's row groups are others than the manifest says."""
+    if found.groups != shard.groups:
+        raise DataError(
+            f"{shard.path}: {found.rows} rows in {len(found.groups)} row groups, "
+            f"{shard.rows} in {len(shard.groups)} by {MANIFEST}; prepare the data set again"
+        )

@@ -37,7 +37,13 @@ ENTRIES = pa.schema(
 only folders in `name` tell or the row has none; `split` is "" if the source names none.
 """
 
-_PLAIN = pa.schema([(f.name, getattr(f.type, "value_type", f.type)) for f in ENTRIES])
+
+def plain(schema: Any) -> Any:
+    """A schema with the values of its dictionaries in their stead."""
+    return pa.schema([(f.name, getattr(f.type, "value_type", f.type)) for f in schema])
+
+
+_PLAIN = plain(ENTRIES)
 Found = tuple[str, Member, str | None]  # the file that it lies in, and its label if that is known
 
 HEADERS: dict[str, Any] = {"cache_type": "readahead", "block_size": 1 << 16}

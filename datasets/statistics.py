@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import uuid
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from datasets import DataError
 from datasets.images import Pixels, decode
-from datasets.layout import Dataset, storage
+from datasets.layout import Dataset, storage, write_whole
 from datasets.rows import Rows
 
 Scale = Literal["eigenvalues", "deviations"]
@@ -53,9 +52,7 @@ class Statistics:
         np.savez(buffer, **arrays)
         fs, path = storage(url)
         fs.makedirs(fs._parent(path), exist_ok=True)
-        partial = f"{path}.{uuid.uuid4().hex}.partial"
-        fs.pipe_file(partial, buffer.getvalue())
-        fs.mv(partial, path)
+        write_whole(fs, path, buffer.getvalue())
 
     @staticmethod
     def load(url: str) -> Statistics:

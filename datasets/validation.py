@@ -15,7 +15,7 @@ from datasets import DataError
 from datasets.images import decode
 from datasets.layout import Dataset, persistent, storage
 from datasets.rows import Rows
-from datasets.shards import MANIFEST, read_shard
+from datasets.shards import MANIFEST, check_groups, read_shard
 from datasets.statistics import Statistics, Sums
 
 NEAR = 4.0  # grey levels that statistics may be off: they are taken before JPEG rounds
@@ -45,12 +45,7 @@ def check_shard(dataset: Dataset, item: tuple[str, int]) -> Iterator[Checked]:
     rows = Rows(dataset, split, cache_groups=1)
     sums = Sums(dataset.size) if split == "train" and dataset.size else None
     try:
-        found = persistent(shard.path, lambda: read_shard(shard.path)[0]).groups
-        if found != shard.groups:
-            raise DataError(
-                f"{shard.path}: {sum(found)} rows in {len(found)} row groups, {shard.rows} in "
-                f"{len(shard.groups)} by {MANIFEST}; prepare the data set again"
-            )
+        check_groups(shard, persistent(shard.path, lambda: read_shard(shard.path)[0]))
         for count in shard.groups:
             yield _check_rows(dataset, split, rows, np.arange(row, row + count), sums)
             row += count

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.tracing import Trace, clock
-from pipeline.waiting import LIMIT, settle
+from pipeline.waiting import LIMIT, all_reduce, settle
 
 
 class Pair:
@@ -51,8 +51,7 @@ class Pair:
 
     def _reduce(self, x: Tensor, op: Any) -> Tensor:
         start = clock()
-        work = dist.all_reduce(x, op, group=self.group, async_op=True)
-        settle(work, self.group, self.where, self.limit)
+        all_reduce(x, self.group, self.where, self.limit, op)
         self.waited += clock() - start
         self.trace.add("exchange", self.where, start)
         self.trace.add("wait", self.where, start)

@@ -58,6 +58,10 @@ class Layer:
     std: float = 0.01  # of the initial weights, drawn from N(0, std) (5)
     bias: float = 0.0  # initial value
 
+    def convolved(self, side: int) -> int:
+        """Side of what this convolution makes of maps of `side`, before any pooling."""
+        return (side + sum(self.padding) - self.kernel) // self.stride + 1
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -115,7 +119,7 @@ class Network:
             if layer.kind == "full":
                 side = 1
             else:
-                side = (side + sum(layer.padding) - layer.kernel) // layer.stride + 1
+                side = layer.convolved(side)
                 if layer.pool:
                     side = (side - layer.pool.size) // layer.pool.stride + 1
             shapes.append(Shape(layer.maps, side))
@@ -138,8 +142,7 @@ class Network:
         """Of layer `index` for one image, forward: its products, not activation or pooling."""
         layer, positions = self.layers[index], 1
         if layer.kind == "conv":
-            side = self.inputs(index).side + sum(layer.padding) - layer.kernel
-            positions = (side // layer.stride + 1) ** 2
+            positions = layer.convolved(self.inputs(index).side) ** 2
         return math.prod(self.weight_shape(index)) * positions
 
     def reads_all(self, index: int) -> bool:

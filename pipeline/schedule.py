@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.tracing import Trace, clock
-from pipeline.waiting import LIMIT, settle
+from pipeline.waiting import LIMIT, all_reduce, settle
 
 Kind = Literal["1f1b", "gpipe"]
 Action = tuple[Literal["forward", "backward"], int]
@@ -82,9 +82,7 @@ class Line:
 
     def sum_(self, x: Tensor, what: str) -> Tensor:
         """All-reduce in place over the stages."""
-        work = dist.all_reduce(x, group=self.down, async_op=True)
-        settle(work, self.down, what, self.limit)
-        return x
+        return all_reduce(x, self.down, what, self.limit)
 
     def _send(self, x: Tensor, group: dist.ProcessGroup, to: int) -> None:
         flat = _channels_last(x).contiguous()

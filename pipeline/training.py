@@ -15,7 +15,7 @@ from pipeline.optimizer import SGD
 from pipeline.schedule import Averager, Kind, Line, order
 from pipeline.tower import Dropout, Tower
 from pipeline.tracing import Trace, clock
-from pipeline.waiting import LIMIT, settle
+from pipeline.waiting import LIMIT, all_reduce
 
 
 class NotANumber(RuntimeError):
@@ -202,8 +202,7 @@ class Trainer:
 
     def _over_replicas(self, x: Tensor) -> Tensor:
         if self.replicas:
-            work = dist.all_reduce(x, group=self.replicas, async_op=True)
-            settle(work, self.replicas, "the totals over replicas", self.limit)
+            all_reduce(x, self.replicas, "the totals over replicas", self.limit)
         return x
 
     def _totals(self, sums: Tensor) -> Totals:

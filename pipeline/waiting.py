@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 LIMIT = 300.0
 """Seconds that a rank waits for another, if nothing else is said."""
@@ -13,6 +14,18 @@ LIMIT = 300.0
 
 class Stuck(RuntimeError):
     """Another rank did not answer within the limit; the message says who waited, and where."""
+
+
+def all_reduce(
+    x: Tensor,
+    group: dist.ProcessGroup,
+    where: str,
+    limit: float,
+    op: Any = dist.ReduceOp.SUM,
+) -> Tensor:
+    """All-reduce in place. Raises Stuck as `settle` does."""
+    settle(dist.all_reduce(x, op, group=group, async_op=True), group, where, limit)
+    return x
 
 
 def settle(work: Any, group: dist.ProcessGroup, where: str, limit: float) -> None:

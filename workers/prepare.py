@@ -89,13 +89,9 @@ def _scan_parts(source: Source, numbers: Any) -> Iterator[tuple[int, Any, list[s
 def _make(plan: Preparation, workers: int | None, progress: Progress) -> None:
     items = [(split, n) for split, count in plan.shards.items() for n in range(count)]
     todo = [(split, n) for split, n in items if not finished(plan, split, n)]
-    total = sum(plan.images.values())
     if len(todo) < len(items):
         progress.say(f"{len(items) - len(todo)} of {len(items)} shards are there already")
-    total = sum(
-        plan.images[s] * (n + 1) // plan.shards[s] - plan.images[s] * n // plan.shards[s]
-        for s, n in todo
-    )
+    total = sum(stop - start for start, stop in (plan.bounds(*item) for item in todo))
     start, done = time.monotonic(), dict.fromkeys(range(len(todo)), 0)
     shown = 0
     for number, (count, faults) in spread(_make_one, plan, todo, workers=workers):

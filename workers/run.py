@@ -12,6 +12,7 @@ import fsspec
 import ray
 
 from datasets import DataError
+from datasets.layout import write_whole
 from pipeline.mesh import Mesh
 from pipeline.tracing import Span, chrome
 from workers.config import Config, UserError
@@ -110,7 +111,7 @@ class RunFolder:
 
     def checkpoint(self, step: int) -> str:
         """The folder or URL of the checkpoint of a step."""
-        return f"{self.url}/checkpoints/step-{step:08d}"
+        return checkpoint_url(self.url, step)
 
     def checkpoints(self) -> list[int]:
         """The steps of the complete checkpoints, in order."""
@@ -126,13 +127,17 @@ class RunFolder:
         return self.path + url[len(self.url) :]
 
 
+def checkpoint_url(run: str, step: int) -> str:
+    """The folder or URL of a run's checkpoint of a step."""
+    return f"{run}/checkpoints/step-{step:08d}"
+
+
 def write_scale(run: str, augmenters: str) -> None:
     """Asks a run for a fleet of another size. Raises UserError if there is no such run."""
     fs, path = fsspec.core.url_to_fs(run)
     if not fs.exists(f"{path}/{CONFIG}"):
         raise UserError(f"{run}: no run there")
-    fs.pipe_file(f"{path}/{SCALE}.new", augmenters.encode())
-    fs.mv(f"{path}/{SCALE}.new", f"{path}/{SCALE}")
+    write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
 
 
 def read_scale(run: str) -> str:

@@ -25,7 +25,7 @@ from pipeline.training import Images, NotANumber, Totals, Trainer
 from workers.config import Config
 from workers.feed import Stream
 from workers.placement import Placement
-from workers.run import check_visible
+from workers.run import check_visible, checkpoint_url
 
 REPORT_SECONDS = 1.0
 PROFILED = range(4, 12)  # steps since the start that a profile shows: the first ones warm up
@@ -135,7 +135,7 @@ class TowerActor:
         meter, totals, evaluated = _Meter(peers, stream), Totals(), Totals()
         trace, begun = self.trainer.trace, 0
         images: Images | None = None
-        written = 0  # step of the checkpoint that is being written
+        self.saved = self.progress["step"]  # of the last checkpoint, written or being written
         replica_size = self.job.placement.mesh.size // self.job.placement.mesh.replicas
         for index in range(start, len(itinerary)):
             item = itinerary.item(index)
@@ -183,28 +183,28 @@ class TowerActor:
                     if self.rank == 0:
                         yield {"kind": "evaluation", **evaluations[-1]}
                 meter.read()
-            if written and not self.writer.busy:
-                yield from self._written(written)
-                written = 0
+            if not self.writer.busy:
+                yield from self._written()
             if self._due(item, itinerary):
-                yield from self._written(written)
-                written = item.step
-                path = f"{self.job.folder}/checkpoints/step-{item.step:08d}"
-                self.writer.save(path, self.tower, self.optimizer, self.progress)
-        if images is None and self.progress["step"] not in (0, written):
-            yield from self._written(written)
-            written = self.progress["step"]
-            path = f"{self.job.folder}/checkpoints/step-{written:08d}"
-            self.writer.save(path, self.tower, self.optimizer, self.progress)
-        yield from self._written(written)
+                yield from self._save()
+        if images is None and self.progress["step"] != self.saved:
+            yield from self._save()
+        yield from self._written()
         if config.profile:
             yield {"kind": "trace", "rank": self.rank, "spans": trace.spans}
 
-    def _written(self, step: int) -> Iterator[dict[str, Any]]:
-        """Waits for a checkpoint that is being written; rank 0 reports it."""
+    def _save(self) -> Iterator[dict[str, Any]]:
+        """Starts to write a checkpoint, once the one before is written."""
+        yield from self._written()
+        self.saved = self.progress["step"]
+        path = checkpoint_url(self.job.folder, self.saved)
+        self.writer.save(path, self.tower, self.optimizer, self.progress)
+
+    def _written(self) -> Iterator[dict[str, Any]]:
+        """Waits for a checkpoint that is being written, if one is; rank 0 reports it."""
         if self.writer.finish() and self.rank == 0:
-            path = f"{self.job.folder}/checkpoints/step-{step:08d}"
-            yield {"kind": "checkpoint", "step": step, "path": path}
+            path = checkpoint_url(self.job.folder, self.saved)
+            yield {"kind": "checkpoint", "step": self.saved, "path": path}
 
     def _due(self, item: Any, itinerary: Itinerary) -> bool:
         """Whether a checkpoint is due after an item: at the end of an epoch and its evaluation,

@@ -10,7 +10,7 @@ from pipeline.optimizer import SGD
 from pipeline.tower import Tower
 from pipeline.weights import read_weights, write_weights
 from workers.config import UserError, configure
-from workers.run import RunFolder, checkpoints
+from workers.run import RunFolder, checkpoint_url, checkpoints
 
 README = """# {name}
 
@@ -42,7 +42,7 @@ def export(run: str, file: str, step: int | None = None) -> dict[str, Any]:
         )
     step = kept[-1] if step is None else step
     config = configure({}, f"{run}/config.toml")
-    weights = checkpoint.load_weights(f"{run}/checkpoints/step-{step:08d}")
+    weights = checkpoint.load_weights(checkpoint_url(run, step))
     classes = len(weights[f"{config.build(1000).layers[-1].name}.bias"])
     about = {"network": config.network, "classes": str(classes), "step": str(step)}
     try:

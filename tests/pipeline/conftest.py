@@ -13,33 +13,27 @@ sys.path.insert(0, str(Path(__file__).parent))
 from ranks import Ranks
 
 
-@pytest.fixture(scope="session")
-def pair() -> Iterator[Ranks]:
-    """Two ranks."""
-    ranks = Ranks(2)
+def started(size: int) -> Iterator[Ranks]:
+    ranks = Ranks(size)
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Ranks]:
+    yield from started(2)
 
 
 @pytest.fixture(scope="session")
 def four() -> Iterator[Ranks]:
-    """Four ranks."""
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="session")
-def eight() -> Iterator[Ranks]:
-    """Eight ranks."""
-    ranks = Ranks(8)
-    yield ranks
-    ranks.stop()
+    yield from started(4)
 
 
 @pytest.fixture(scope="session")
 def six() -> Iterator[Ranks]:
-    """Six ranks."""
-    ranks = Ranks(6)
-    yield ranks
-    ranks.stop()
+    yield from started(6)
+
+
+@pytest.fixture(scope="session")
+def eight() -> Iterator[Ranks]:
+    yield from started(8)
