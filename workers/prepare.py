@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from datasets.shards import read_manifest
 from datasets.sources import Source, find_source, scan
 from workers.cluster import connected
 from workers.progress import Progress
-from workers.spread import spread
+from workers.spread import only_here, spread
 
 WORDS = ("synset_words.txt", "LOC_synset_mapping.txt")
 """Files that say what ILSVRC's synsets mean, as they are handed out beside it."""
@@ -55,23 +56,26 @@ def prepare(
     found = find_source(source)
     words = read_words(synsets or "") if synsets else _words(source)
     told = read_labels(labels, list(words)) if labels else None
-    with connected():
-        entries = _scan(found, workers, progress)
+    here = only_here(source, shards)
+    with nullcontext() if here else connected():
+        entries = _scan(found, workers, progress, here)
         plan = lay_out(shards, found, entries, options, split=split, labels=told, words=words)
         del entries
         if complete(plan):
             progress.say(f"{shards} is complete already")
             return _result(shards, read_manifest(shards) or {})
-        _make(plan, workers, progress)
+        _make(plan, workers, progress, here)
         return _result(shards, finish(plan))
 
 
-def _scan(source: Source, workers: int | None, progress: Progress) -> Any:
+def _scan(source: Source, workers: int | None, progress: Progress, here: bool) -> Any:
     """All images of a source, in its own order."""
     tables: dict[int, Any] = {}
     passed: list[str] = []
     numbers = np.array_split(np.arange(len(source.parts)), min(len(source.parts), SCANS))
-    for _, (number, table, others) in spread(_scan_parts, source, numbers, workers=workers):
+    for _, (number, table, others) in spread(
+        _scan_parts, source, numbers, workers=workers, here=here
+    ):
         tables[number] = table
         passed += others
         progress.line(f"scanned {len(tables)} of {len(source.parts)} parts of {source.url}")
@@ -86,7 +90,7 @@ def _scan_parts(source: Source, numbers: Any) -> Iterator[tuple[int, Any, list[s
         yield number, *scan(source, source.parts[number])
 
 
-def _make(plan: Preparation, workers: int | None, progress: Progress) -> None:
+def _make(plan: Preparation, workers: int | None, progress: Progress, here: bool) -> None:
     items = [(split, n) for split, count in plan.shards.items() for n in range(count)]
     todo = [(split, n) for split, n in items if not finished(plan, split, n)]
     if len(todo) < len(items):
@@ -94,7 +98,7 @@ def _make(plan: Preparation, workers: int | None, progress: Progress) -> None:
     total = sum(stop - start for start, stop in (plan.bounds(*item) for item in todo))
     start, done = time.monotonic(), dict.fromkeys(range(len(todo)), 0)
     shown = 0
-    for number, (count, faults) in spread(_make_one, plan, todo, workers=workers):
+    for number, (count, faults) in spread(_make_one, plan, todo, workers=workers, here=here):
         done[number] = count
         for fault in faults[: SHOWN - shown]:
             progress.say(f"skipped: {fault}")

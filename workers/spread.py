@@ -22,13 +22,18 @@ def spread(
     items: Sequence[Any],
     *,
     workers: int | None = None,
+    here: bool = False,
 ) -> Iterator[tuple[int, Any]]:
     """The values that `function(shared, item)` yields for each item, as they come, each with the
-    item's number; by as many tasks of one CPU as the cluster has room for, or `workers`.
+    item's number; by as many tasks of one CPU as the cluster has room for, or `workers`; in this
+    process if `here`.
 
     A lost task's item is done again: its values come once. Raises DataError as a task did, and
     UserError if the cluster has no room.
     """
+    if here:
+        yield from ((n, value) for n, item in enumerate(items) for value in function(shared, item))
+        return
     await_room("a worker", {"CPU": 1.0})
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
@@ -62,3 +67,8 @@ def _call(block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:
         error = str(fault)
     if error:
         yield pa.table({"item": [item], "value": [b""], "error": [error]})
+
+
+def only_here(*urls: str) -> bool:
+    """Whether some of these fsspec URLs mean something in this process alone."""
+    return any("memory://" in url for url in urls)

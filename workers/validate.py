@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from datasets.shards import open_dataset
 from datasets.validation import Findings, check_shard
 from workers.cluster import connected
 from workers.progress import Progress
-from workers.spread import spread
+from workers.spread import only_here, spread
 
 KEPT = 1000  # faults that are named
 
@@ -26,8 +27,9 @@ def validate(
     total = sum(dataset.rows(split) for split in dataset.splits)
     findings, named = Findings(dataset), list[str]()
     done, start = 0, time.monotonic()
-    with connected():
-        for _, part in spread(check_shard, dataset, items, workers=workers):
+    here = only_here(shards)
+    with nullcontext() if here else connected():
+        for _, part in spread(check_shard, dataset, items, workers=workers, here=here):
             findings.add(part)
             done += len(part.rows) + len(part.faults)
             named += part.faults[: KEPT - len(named)]

@@ -64,6 +64,19 @@ def test_any_number_of_workers_makes_the_same_bytes(
     assert contents(tmp_path / "shards") == contents(prepared)
 
 
+def test_memory_is_a_source_and_a_place_for_shards(source: str, prepared: Path) -> None:
+    """Other processes don't see it, so this one does the work; the bytes are the same."""
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/prepared/shapes.tar", Path(source).read_bytes())
+    try:
+        prepare("memory://prepared/shapes.tar", "memory://prepared/shards", SMALL)
+        assert validate("memory://prepared/shards")["faults"] == 0
+        for name in contents(prepared).keys() - {"dataset.json"}:  # which says of which source
+            assert fs.cat(f"/prepared/shards/{name}") == (prepared / name).read_bytes(), name
+    finally:
+        fs.rm("/prepared", recursive=True)
+
+
 def test_a_second_run_finds_it_done(
     source: str, prepared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
