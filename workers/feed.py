@@ -14,14 +14,20 @@ import ray
 import torch
 
 from datasets import DataError
+from datasets.augmentation import Loader
 from pipeline.training import Images
-from workers.fleet import READ_AHEAD, Fleet, Watch, unpack
+from workers.fleet import READ_AHEAD, Fleet, Packed, Part, Watch, pack, unpack
 
 STALL_SECONDS = 10.0
 """Without a batch that ranks wait for, before the fleet is started anew; longer for slow fleets."""
 
 FIRST_SECONDS = 60.0
 """The same before the first batch, while actors start."""
+
+FETCH_SECONDS = 5.0
+"""That a rank waits for a part's bytes before it asks for the part anew."""
+
+TRIES = 3  # streams in a row that may break before they bring anything
 
 # Blocks lie in shared memory that is read-only; nothing here writes to crops.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -33,7 +39,7 @@ class Feed:
     `open` starts at an item; then each rank `take`s each item once. Only references pass through
     here, the batches themselves go from an augmenter's node to the towers'. The stream of the fleet
     is disposable: it is dropped, and another one goes on at the next item, when the fleet's size is
-    changed and when it stalls.
+    changed, when a node of it is lost, when it stalls and when it breaks.
     """
 
     def __init__(self, fleet: Fleet) -> None:
@@ -44,7 +50,7 @@ class Feed:
         self.there = threading.Condition()
         self.window: dict[tuple[int, int], _Held] = {}
         self.failure: BaseException | None = None
-        self.next = (0, 0)  # item and replica that the stream is to bring next
+        self.next = (0, 0)  # item and replica that no stream has brought yet
         self.taken = -1  # last item that a rank has
         self.end: int | None = None  # first item that nobody gets any more
         self.asked = 0  # ranks that wait for something now
@@ -52,7 +58,10 @@ class Feed:
         self.moved = time.monotonic()  # when the stream last brought something, or began
         self.slowest = FIRST_SECONDS / 4  # seconds that it ever took between two parts
         self.came = False  # whether a part ever did
-        self.stalls = 0
+        self.stalls, self.broken = 0, 0  # streams that stalled; that broke since a part came
+        self.nodes: set[str] = set()  # of which this stream has parts
+        self.lost: list[str] = []  # that had parts of the run and are gone
+        self.loaders: dict[str, Loader] = {}
 
     def open(self, start: int) -> None:
         """Starts a stream at item `start`."""
@@ -76,38 +85,51 @@ class Feed:
             return self.end
 
     def _begin(self) -> None:
-        """A new stream at the next item, and an end to the one before; the lock is held."""
+        """A new stream at the first item that is missing, and an end to the one before; the lock is
+        held.
+        """
         self.streams += 1
-        self.moved = time.monotonic()
+        self.moved, self.nodes = time.monotonic(), set()
         # It may wait for an augmenter that never comes back, so it is not left to end by itself.
         threading.Thread(target=self.watch.end, daemon=True).start()
         self.watch = Watch()
-        arguments = self.streams, self.fleet.stream(self.next[0], self.watch)
+        start = min((key for key, held in self.window.items() if not held.part), default=self.next)
+        arguments = self.streams, self.fleet.stream(start[0], self.watch)
         threading.Thread(target=self._pull, args=arguments, daemon=True).start()
         self.there.notify_all()
 
-    def _pull(self, number: int, stream: Iterator[tuple[int, int, Any]]) -> None:
+    def _pull(self, number: int, stream: Iterator[tuple[int, int, Packed]]) -> None:
         try:
-            for index, replica, (pixels, rest) in stream:
+            for index, replica, part in stream:
+                key = index, replica
                 with self.there:
-                    self.there.wait_for(lambda: self._unwanted(number) or self._room())
+                    while not (self._unwanted(number) or key < self.next or self._room()):
+                        self.there.wait()
                     if self._unwanted(number):
                         return
-                    if (index, replica) < self.next:
-                        continue  # the stream before has brought it
                     now = time.monotonic()
                     if not self.came:
                         self.came, self.slowest = True, 0.0  # that was the start of actors
                     elif self.asked:
                         self.slowest = max(self.slowest, now - self.moved)
-                    self.moved = now
-                    self.window[index, replica] = _Held(pixels, rest, *self.takers)
-                    more = replica + 1 < self.fleet.replicas
-                    self.next = (index, replica + 1) if more else (index + 1, 0)
+                    self.moved, self.broken = now, 0
+                    self.nodes.add(part.node)
+                    if key >= self.next:
+                        self.window[key] = _Held(*self.takers)
+                        more = replica + 1 < self.fleet.replicas
+                        self.next = (index, replica + 1) if more else (index + 1, 0)
+                    held = self.window.get(key)
+                    if held and not held.part:  # a stream before may have brought it
+                        held.part = part
                     self.there.notify_all()
         except BaseException as error:
             with self.there:
-                if not self._unwanted(number):
+                if self._unwanted(number):
+                    return
+                self.broken += 1
+                if isinstance(error, ray.exceptions.RayError) and self.broken < TRIES:
+                    self._begin()  # blocks may be lost with a node
+                else:
                     self.failure = error
                     self.there.notify_all()
         finally:
@@ -120,18 +142,31 @@ class Feed:
         return len(self.window) < READ_AHEAD * self.fleet.replicas
 
     def _guard(self) -> None:
-        """Drops a stream that brings nothing while ranks wait: Ray Data may wait for ever for an
-        actor whose node has left.
+        """Drops a stream whose node is lost, or that brings nothing while ranks wait: Ray Data may
+        wait for ever for an actor whose node has left.
         """
         while self.failure is None and self.end is None:
             time.sleep(0.5)
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
             with self.there:
+                holding = {held.part.node for held in self.window.values() if held.part}
+                if gone := (holding | self.nodes) - alive:
+                    self._lose(gone)
+                    continue
                 last = self.next[0] >= len(self.fleet.itinerary)
                 limit = max(STALL_SECONDS, 4 * self.slowest) * 2 ** min(self.stalls, 4)
                 if last or not self.asked or time.monotonic() - self.moved < limit:
                     continue
                 self.stalls += 1
                 self._begin()
+
+    def _lose(self, nodes: set[str]) -> None:
+        """What these nodes had made and nobody took is made again; the lock is held."""
+        self.lost += sorted(nodes)
+        for held in self.window.values():
+            if held.part and held.part.node in nodes:
+                held.part = None
+        self._begin()
 
     def take(self, index: int, replica: int, pixels: bool) -> list[Any] | None:
         """A list (so that Ray does not resolve them) of the references to a replica's part: its
@@ -143,53 +178,69 @@ class Feed:
         with self.there:
             self.asked += 1
             self.there.notify_all()
-            self.there.wait_for(lambda: key in self.window or self.failure or self._over(index))
+            self.there.wait_for(lambda: self._has(key) or self.failure or self._over(index))
             self.asked -= 1
             if self._over(index):
                 return None
-            if key not in self.window:
+            if not self._has(key):
                 assert self.failure
                 raise self.failure
             held = self.window[key]
+            assert held.part
             self.taken = max(self.taken, index)
-            taken = [held.pixels if pixels else None, held.rest]
+            taken = [held.part.pixels if pixels else None, held.part.rest]
             held.pixels_left -= pixels
             held.left -= 1
-            if not held.pixels_left:
-                held.pixels = None  # their memory is free once the first stage is done with them
+            if not held.pixels_left:  # their memory is free once the first stage is done with them
+                held.part = replace(held.part, pixels=None)
             if not held.left:
                 del self.window[key]
             self.there.notify_all()
         return taken
 
+    def again(self, index: int, replica: int, pixels: bool) -> list[Any]:
+        """What `take` gave, made anew in this process: for a rank that could not fetch it, because
+        a node went that held it. The plan is pure, so it is the same.
+        """
+        part = self.fleet.load(index, replica, self.loaders)
+        made = [ray.put(table) for table in pack(part, self.fleet.apart)]
+        return [made[0] if pixels else None, made[-1]]
+
+    def _has(self, key: tuple[int, int]) -> bool:
+        return key in self.window and self.window[key].part is not None
+
     def _over(self, index: int) -> bool:
         return self.end is not None and index >= self.end
 
-    def state(self) -> dict[str, int]:
-        """`augmenters` that run now, `ready` batches, `stalls` of the fleet so far."""
-        return {
-            "augmenters": self.watch.augmenters,
-            "ready": len(self.window),
-            "stalls": self.stalls,
-        }
+    def state(self) -> dict[str, Any]:
+        """`augmenters` that run now, `nodes` that this stream has parts of, `ready` batches,
+        `stalls` of the fleet so far, `lost` nodes that had parts.
+        """
+        with self.there:
+            return {
+                "augmenters": self.watch.augmenters,
+                "nodes": sorted(self.nodes),
+                "ready": sum(held.part is not None for held in self.window.values()),
+                "stalls": self.stalls,
+                "lost": list(self.lost),
+            }
 
 
 @dataclass
 class _Held:
-    """A part in the window, and how many ranks have not taken it yet."""
+    """A part in the window, None if it was lost; and how many ranks have not taken it yet."""
 
-    pixels: Any
-    rest: Any
     pixels_left: int
     left: int
+    part: Packed | None = None
 
 
 class Stream:
     """A rank's view of the feed: its replica's images, item after item from `start` to `stop`.
 
     Without `pixels`, only labels and places come. A thread fetches what comes next while the rank
-    computes. `waited` (seconds that the rank stood
-    still for data) adds up; `skipped` and `faults` are those of the last item.
+    computes. `waited` (seconds that the rank stood still for data) adds up; `skipped`, `faults` and
+    `node` (that made it) are those of the last item.
     """
 
     def __init__(
@@ -197,6 +248,7 @@ class Stream:
     ) -> None:
         self.waited, self.skipped, self.pixels = 0.0, 0, pixels
         self.faults: list[str] = []
+        self.node = ""
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
         threading.Thread(target=self._fetch, args=(feed, replica, start, stop), daemon=True).start()
 
@@ -215,7 +267,7 @@ class Stream:
         if part.error:
             raise DataError(part.error)
         batch = part.batch
-        self.skipped, self.faults = batch.skipped, batch.faults
+        self.skipped, self.faults, self.node = batch.skipped, batch.faults, part.node
         arrays = (batch.crops, batch.labels, batch.shifts, part.places)
         return Images(*map(torch.from_numpy, arrays))
 
@@ -227,11 +279,18 @@ class Stream:
                 if taken is None:
                     self._ready.put(None)
                     return
-                pixels, rest = taken
                 # The next answer comes while this block is on its way.
                 more = index + 1 < stop
                 asked = feed.take.remote(index + 1, replica, self.pixels) if more else None
-                crops = ray.get(pixels) if self.pixels else None
-                self._ready.put(unpack(crops, ray.get(rest)))
+                self._ready.put(self._unpacked(taken, feed, index, replica))
         except BaseException as error:
             self._ready.put(error)
+
+    def _unpacked(self, taken: list[Any], feed: Any, index: int, replica: int) -> Part:
+        refs = [ref for ref in taken if ref]
+        try:
+            tables = ray.get(refs, timeout=FETCH_SECONDS)
+        except ray.exceptions.RayError:  # lost with its node, or out of reach
+            taken = ray.get(feed.again.remote(index, replica, self.pixels))
+            tables = ray.get([ref for ref in taken if ref])
+        return unpack(tables[0] if self.pixels else None, tables[-1])

@@ -32,7 +32,15 @@ GROUPS_ROWS = 2048  # rows that a task of `measure` goes through
 RUNNING = 2  # blocks that an augmenter works on or has next
 
 
-Packed = tuple[Any, Any]  # references to a part's pixels and to the rest; the same if not apart
+@dataclass(frozen=True)
+class Packed:
+    """References to a part's pixels and to the rest of it, the same if they are not apart; the id
+    of the Ray node that made it and holds it.
+    """
+
+    pixels: Any
+    rest: Any
+    node: str
 
 
 @dataclass(frozen=True)
@@ -126,8 +134,10 @@ class Fleet:
             ),
         )
         bundles = parts.iter_internal_ref_bundles()
-        refs = (ref for bundle in bundles for ref in bundle.block_refs)
-        yield from zip(refs, refs, strict=True) if self.apart else ((ref, ref) for ref in refs)
+        made = (block for bundle in bundles for block in bundle.blocks)
+        for pixels in made:
+            rest = next(made) if self.apart else pixels
+            yield Packed(pixels.ref, rest.ref, pixels.metadata.exec_stats.node_id)
 
     def _set_context(self, watch: Watch, high: int) -> None:
         """Ray Data's settings of this process: order kept, memory bounded, silence."""

@@ -48,7 +48,7 @@ def digest(part: Part) -> str:
 
 def stream(made: Fleet, start: int = 0) -> Iterator[tuple[int, int, Part]]:
     for index, replica, ref in made.stream(start, Watch()):
-        yield index, replica, unpack(*ray.get(list(ref)))
+        yield index, replica, unpack(*ray.get([ref.pixels, ref.rest]))
 
 
 def digests(made: Fleet, start: int = 0) -> dict[tuple[int, int], str]:
