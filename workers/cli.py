@@ -6,20 +6,32 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from datasets import DataError
 from workers.config import Config, UserError, configure, locate
+from workers.guard import AGAIN, guarded
 
 PREPARE = ("size", "quality", "keep", "holdout", "seed", "on_error")
 MESH = ("replicas", "stages", "cuts", "towers")
 VARIANTS = ("activation", "lrn", "pooling", "dropout", "columns")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns 0 done, 1 the work failed, 2 the user's mistake."""
+def program() -> int:
+    """The program `towers`: `main`, with runs that outlive their own supervisor."""
+    return main(guard=True)
+
+
+def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
+    """Runs a command; returns 0 done, 1 the work failed, 2 the user's mistake.
+
+    With `guard`, which needs a process in which nothing has begun, `train` works in a child process
+    and is started again if that is killed.
+    """
     args = _parser().parse_args(argv)
+    args.guard = guard
     from workers.errors import RunFailed
 
     try:
@@ -226,14 +238,24 @@ def _train(args: argparse.Namespace) -> int:
         file = f"{locate(given['run'])}/config.toml"
     config = configure(given, file)
 
-    from workers.progress import result_table
-    from workers.supervisor import train
+    def work(deaths: int = 0, progressed: Callable[[], None] | None = None) -> int:
+        from workers.errors import ClusterLost
+        from workers.progress import result_table
+        from workers.supervisor import train
 
-    result = train(config, resume=resume)
-    print(result_table(result))
-    if getattr(args, "json", False):
-        print(json.dumps(result))
-    return 0
+        try:
+            result = train(config, resume=resume, deaths=deaths, progressed=progressed)
+        except ClusterLost as error:
+            if not args.guard:
+                raise
+            print(f"towers: {error}", file=sys.stderr)
+            return AGAIN
+        print(result_table(result))
+        if getattr(args, "json", False):
+            print(json.dumps(result))
+        return 0
+
+    return guarded(work, config.restarts) if args.guard else work()
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -341,4 +363,4 @@ def _describe(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

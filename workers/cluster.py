@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
-from ray._private import services
+from ray._private import services, worker
 
 from workers.config import UserError
 
@@ -38,6 +38,18 @@ def connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def lost() -> bool:
+    """Whether the Ray that this process belongs to is gone: its own, or its node's."""
+    node = worker._global_node
+    if node and any(kind in ("raylet", "gcs_server") for kind, _ in node.dead_processes()):
+        return True
+    own = ray.get_runtime_context().get_node_id()
+    try:
+        return not any(n["NodeID"] == own and n["Alive"] for n in ray.nodes())
+    except (ray.exceptions.RayError, RuntimeError):
+        return True
 
 
 def _address() -> str | None:

@@ -47,7 +47,9 @@ class Config(Recipe):
     log_every: int | None = setting(None, "Steps between reports; one a second if unset.")
     profile: bool = setting(False, "Write a trace of a few steps, and a picture of one.")
     keep: int = setting(3, "Checkpoints that are kept.")
-    restarts: int = setting(3, "Times that a run goes on after a process was lost.")
+    restarts: int = setting(
+        3, "Times in a row that a run goes on after a process was lost before its next checkpoint."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,14 +27,17 @@ class RunFolder:
     """A run's folder; nothing is written before `create`.
 
     Files are written locally, and for a URL copied there by `publish`. Raises UserError if the
-    folder holds a run and `resume` is not said, or the other way round.
+    folder holds a run and `resume` is not said, or the other way round; `resume` None goes on with
+    a run if there is one.
     """
 
-    def __init__(self, config: Config, *, resume: bool) -> None:
+    def __init__(self, config: Config, *, resume: bool | None) -> None:
         self.config, self.url = config, config.run
         self.fs, self.path = fsspec.core.url_to_fs(self.url)
         self.remote = "://" in self.url
         exists = self.fs.exists(f"{self.path}/{CONFIG}")
+        if resume is None:
+            resume = exists
         if exists and not resume:
             raise UserError(f"{config.run} already holds a run: --resume it, or name another")
         if resume and not exists:

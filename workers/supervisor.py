@@ -6,7 +6,7 @@ import signal
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,11 +21,11 @@ from datasets.shards import Dataset, open_dataset
 from datasets.statistics import Statistics
 from pipeline.network import Network
 from pipeline.tracing import Span
-from workers import placement
+from workers import cluster, placement
 from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import check_classes, drawn, statistics_of
-from workers.errors import RunFailed
+from workers.errors import ClusterLost, RunFailed
 from workers.feed import Feed
 from workers.fleet import Fleet
 from workers.placement import Placement
@@ -34,22 +34,30 @@ from workers.run import RunFolder
 from workers.towers import Job, TowerActor
 
 LOOK_SECONDS = 2.0  # between looks at what `towers scale` wants
+SECONDS, PATIENCE = 5.0, 60.0  # for news of a death: usually, and if a node may have gone
 
 
 def train(
-    config: Config, *, resume: bool = False, progress: Progress | None = None
+    config: Config,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    deaths: int = 0,
+    progressed: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Trains as configured and returns the result: the keys of `towers train --json`.
 
-    Starts Ray on this machine unless a cluster is at hand. Raises UserError or `DataError` for what
-    the user can mend, RunFailed for a run that could not go on.
+    Starts Ray on this machine unless a cluster is at hand. `deaths` is how many processes before
+    this one died at the same run; `progressed` is called at each checkpoint. Raises UserError or
+    `DataError` for what the user can mend, RunFailed for a run that could not go on, `ClusterLost`
+    if that is because this process has no Ray any more.
     """
     progress = progress or Progress()
     if config.shards:
         dataset = open_dataset(config.shards)  # before anything is made or started
         dataset.shards("train")
         check_classes(dataset)
-    folder = RunFolder(config, resume=resume)
+    folder = RunFolder(config, resume=None if deaths else resume)
     with connected():
         where = placement.decide(placement.cluster_nodes(), config)
         if not config.shards:
@@ -60,7 +68,7 @@ def train(
         fleet = Fleet(dataset, job.itinerary, config, where, statistics)
         if advice := config.advice(len(dataset.classes)):
             progress.say(advice)
-        run = _Run(job, fleet, folder, progress)
+        run = _Run(job, fleet, folder, progress, deaths, progressed)
         try:
             with _terminated(run):
                 return run.result()
@@ -94,9 +102,18 @@ def _job(
 class _Run:
     """One run's attempts; `result` goes through them."""
 
-    def __init__(self, job: Job, fleet: Fleet, folder: RunFolder, progress: Progress) -> None:
+    def __init__(
+        self,
+        job: Job,
+        fleet: Fleet,
+        folder: RunFolder,
+        progress: Progress,
+        deaths: int,
+        progressed: Callable[[], None] | None,
+    ) -> None:
         self.job, self.fleet, self.folder, self.progress = job, fleet, folder, progress
-        self.restarts = 0
+        self.restarts, self.row = deaths, 0  # in all, and since the last checkpoint
+        self.made, self.progressed = False, progressed
         self.evaluations: list[dict[str, Any]] = []
         self.last: dict[str, Any] = {}
         self.images = self.seconds = self.stalled = 0.0
@@ -109,12 +126,14 @@ class _Run:
         while True:
             group = placement.reserve(self.job.placement)
             try:
-                if not self.restarts:  # a run that found no room leaves no folder behind
+                if not self.made:  # a run that found no room leaves no folder behind
                     self.folder.create()
+                    self.made = True
+                    if self.restarts:
+                        self._lose(["the supervisor"])
                 return self._attempt(group)
             except ray.exceptions.RayError as error:
                 self._judge(error)
-                self.restarts += 1
             finally:
                 for actor in self.actors:
                     ray.kill(actor)
@@ -130,23 +149,35 @@ class _Run:
         state = f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint"
         if isinstance(cause, DataError):
             raise cause from None
-        lost = self._lost()
+        kind = type(cause).__name__
+        text = (str(cause).strip().splitlines() or ["no message"])[0]
+        lost = self._lost(PATIENCE if _of_peers(cause) else SECONDS)
         if not lost:
-            kind = type(cause).__name__
-            text = str(cause).strip().splitlines()
-            said = textwrap.shorten(text[0], 300) if text else "no message"
-            raise RunFailed(f"{kind}: {said}; {state}") from error
-        self.folder.event("lost", processes=lost, restarts=self.restarts)
-        if self.restarts >= self.job.config.restarts:
+            said = f"{kind}: {textwrap.shorten(text, 300)}; {state}"
+            raise RunFailed(said) from error
+        self.restarts += 1
+        self.row += 1
+        if self.row > self.job.config.restarts:
             raise RunFailed(f"{', '.join(lost)} died, once too often; {state}: --resume") from None
+        self._lose(lost)
+
+    def _lose(self, lost: list[str]) -> None:
+        """Says that the run goes on without these."""
+        kept = self.folder.checkpoints()
         where = f"step {kept[-1]}, the last checkpoint" if kept else "the start"
+        self.folder.event("lost", processes=lost, restarts=self.restarts)
         self.progress.say(f"{', '.join(lost)} died: going on from {where}")
 
-    def _lost(self) -> list[str]:
-        """Names of the actors that are dead, given a moment for the news to arrive."""
-        deadline = time.monotonic() + 5
+    def _lost(self, patience: float) -> list[str]:
+        """Names of the actors that are dead, given some seconds for the news to arrive.
+
+        Raises ClusterLost if it is this process that has lost its Ray.
+        """
+        deadline = time.monotonic() + patience
         lost: list[str] = []
         while not lost and time.monotonic() < deadline:
+            if cluster.lost():
+                raise ClusterLost("Ray is gone from this node") from None
             for name, actor in zip(self._names(), self.actors, strict=False):
                 try:
                     ray.get(actor.__ray_ready__.remote(), timeout=0.5)
@@ -256,6 +287,9 @@ class _Run:
             self.progress.evaluation(report)
         elif kind == "checkpoint":
             best = min(self.evaluations, key=lambda e: e["top1_error"], default={}).get("step")
+            self.row = 0
+            if self.progressed:
+                self.progressed()
             self.folder.event("checkpoint", **report)
             self.folder.prune(self.job.config.keep, best)
             self.folder.publish()
@@ -300,6 +334,14 @@ def _terminated(run: _Run) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _of_peers(error: BaseException | None) -> bool:
+    """Whether an error is what a rank sees when another one's node is gone."""
+    if isinstance(error, ray.exceptions.RayActorError):
+        return True
+    words = ("connection", "peer", "socket", "nccl", "broken pipe")
+    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
 
 
 def _start(itinerary: Itinerary, network: Network, resume: str | None) -> int:

@@ -1,0 +1,84 @@
+"""A run that outlives its own supervisor: killed, or left by its Ray, it is started again."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+AGAIN = 75  # exit code of a child that asks to be started again (EX_TEMPFAIL)
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1
+
+
+def guarded(work: Callable[[int, Callable[[], None]], int], limit: int) -> int:
+    """The exit code of `work`, which runs in a child process, and in another one if that is killed
+    or ends with `AGAIN`; in a row, without progress, `limit` times at most.
+
+    `work` is called with the number of children before it and with what it is to call at each
+    progress. Signals that end a program are passed on to the child, and it ends in order if this
+    process is killed. Nothing heavy may be imported yet: the child is a fork.
+    """
+    deaths = row = 0
+    while True:
+        read, write = os.pipe()
+        own, child = os.getpid(), os.fork()
+        if not child:
+            os.close(read)
+            _end_with(own)
+            os.set_blocking(write, False)
+            return work(deaths, lambda: _note(write))
+        os.close(write)
+        status = _wait(child)
+        row = 0 if os.read(read, 1) else row
+        os.close(read)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) != AGAIN:
+            return os.WEXITSTATUS(status)
+        name = "lost its Ray" if os.WIFEXITED(status) else _signal(os.WTERMSIG(status))
+        if _told or row >= limit:
+            print(f"towers: the run's supervisor {name}; --resume goes on", file=sys.stderr)
+            return 1
+        deaths, row = deaths + 1, row + 1
+        print(f"the run's supervisor {name}: started again", file=sys.stderr, flush=True)
+
+
+_told: list[int] = []  # signals that were passed on
+
+
+def _wait(child: int) -> int:
+    """The child's status, once it has ended."""
+
+    def pass_on(number: int, _: Any) -> None:
+        _told.append(number)
+        os.kill(child, number)
+
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        return os.waitpid(child, 0)[1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_with(parent: int) -> None:
+    """Has this process terminated when its parent is gone, and away from the terminal's signals,
+    which the parent passes on.
+    """
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _note(pipe: int) -> None:
+    with suppress(BlockingIOError):  # it holds thousands of notes that nobody needs to count
+        os.write(pipe, b".")
+
+
+def _signal(number: int) -> str:
+    return f"was killed by {signal.Signals(number).name}"
