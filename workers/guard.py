@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 AGAIN = 75  # exit code of a child that asks to be started again (EX_TEMPFAIL)
@@ -31,7 +32,7 @@ def guarded(work: Callable[[int, Callable[[], None]], int], limit: int) -> int:
             os.close(read)
             _end_with(own)
             os.set_blocking(write, False)
-            return work(deaths, lambda: _note(write))
+            return work(deaths, partial(_note, write))
         os.close(write)
         status = _wait(child)
         row = 0 if os.read(read, 1) else row
