@@ -76,6 +76,13 @@ class RunFolder:
         """A line of events.jsonl: a start, a restart, a warning, the end."""
         self._append(EVENTS, {"event": kind, **values})
 
+    def count(self, kind: str) -> int:
+        """How many events of a kind there were."""
+        if not os.path.exists(f"{self.local}/{EVENTS}"):
+            return 0
+        with open(f"{self.local}/{EVENTS}") as f:
+            return sum(json.loads(line)["event"] == kind for line in f)
+
     def profile(self, traces: dict[int, list[Span]], mesh: Mesh) -> None:
         """profile/trace.json for Chrome or Perfetto, profile/schedule.png of one step."""
         ranks, names = [traces[rank] for rank in range(mesh.size)], []

@@ -34,6 +34,7 @@ from workers.run import RunFolder
 from workers.towers import Job, TowerActor
 
 LOOK_SECONDS = 2.0  # between looks at what `towers scale` wants
+PLACES = ("nodes", "lost")  # of the fleet: those it has parts of now, those that are gone
 SECONDS, PATIENCE = 5.0, 60.0  # for news of a death: usually, and if a node may have gone
 
 
@@ -112,7 +113,8 @@ class _Run:
         progressed: Callable[[], None] | None,
     ) -> None:
         self.job, self.fleet, self.folder, self.progress = job, fleet, folder, progress
-        self.restarts, self.row = deaths, 0  # in all, and since the last checkpoint
+        self.deaths = deaths
+        self.restarts, self.row = 0, 0  # in all, and since the last checkpoint
         self.made, self.progressed = False, progressed
         self.evaluations: list[dict[str, Any]] = []
         self.last: dict[str, Any] = {}
@@ -121,6 +123,7 @@ class _Run:
         self.traces: dict[int, list[Span]] = {}
         self.stopping, self.stopped = "", False  # the signal that ends the run; whether it is heard
         self.augmenters, self.stalls, self.looked = job.config.augmenters, 0, 0.0
+        self.seen: tuple[Any, ...] = ()
 
     def result(self) -> dict[str, Any]:
         while True:
@@ -129,7 +132,8 @@ class _Run:
                 if not self.made:  # a run that found no room leaves no folder behind
                     self.folder.create()
                     self.made = True
-                    if self.restarts:
+                    if self.deaths:
+                        self.restarts = self.folder.count("lost") + 1
                         self._lose(["the supervisor"])
                 return self._attempt(group)
             except ray.exceptions.RayError as error:
@@ -268,6 +272,10 @@ class _Run:
             self.stalls = state["stalls"]
             self.folder.event("stall", stalls=self.stalls)
             self.progress.say("the fleet brought nothing for a while and was started anew")
+        fleet = state["augmenters"], state["nodes"], state["lost"]
+        if fleet != self.seen:
+            self.seen = fleet
+            self.folder.event("fleet", **{name: state[name] for name in ("augmenters", *PLACES)})
 
     def _take(self, report: dict[str, Any], feed: Any) -> None:
         """Acts on one report of a tower."""

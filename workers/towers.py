@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,6 +165,7 @@ class TowerActor:
                 self.progress["step"] = item.step
                 totals += part
                 meter.images += part.images
+                meter.nodes[stream.node[:8]] += part.images
                 if self.rank == 0 and (item.last or meter.due(item.step, config.log_every)):
                     yield {
                         "kind": "train",
@@ -224,6 +226,7 @@ class _Meter:
 
     def __init__(self, peers: Sequence[Pair | Line], stream: Stream) -> None:
         self.peers, self.stream, self.images = peers, stream, 0
+        self.nodes: Counter[str] = Counter()  # images of this rank that each node made
         self.start, self.stalled, self.exchanged = self._now()
 
     def _now(self) -> tuple[float, float, float]:
@@ -235,8 +238,10 @@ class _Meter:
         """Whether to report after a step: every so many, or once a second."""
         return step % every == 0 if every else time.perf_counter() - self.start >= REPORT_SECONDS
 
-    def read(self) -> dict[str, float]:
-        """images_per_second, and the fractions of time waited for data and for other ranks."""
+    def read(self) -> dict[str, Any]:
+        """images_per_second, the fractions of time waited for data and for other ranks, and the
+        nodes that made the images.
+        """
         now, stalled, exchanged = self._now()
         seconds = now - self.start
         line = {
@@ -244,7 +249,9 @@ class _Meter:
             "stall_fraction": (stalled - self.stalled) / seconds,
             "exchange_fraction": (exchanged - self.exchanged) / seconds,
             "seconds": seconds,
+            "made_by": dict(self.nodes),
         }
+        self.nodes.clear()
         self.start, self.stalled, self.exchanged, self.images = now, stalled, exchanged, 0
         return line
 

@@ -1,0 +1,94 @@
+"""Laws 5 and 6: nodes of augmenters join and leave inside a run, and the towers don't notice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from workers.config import configure
+from workers.progress import Progress
+from workers.supervisor import train
+
+GIVEN = {"network": "alexnet-mini", "batch": 32, "epochs": 150, "log_every": 1, "augmenters": "1:4"}
+
+
+@pytest.fixture
+def nodes() -> Iterator[Cluster]:
+    """A head with room for the towers and nothing else."""
+    ray.shutdown()  # the cluster of the other tests here
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def lines(run: Path, name: str) -> list[dict[str, Any]]:
+    path = run / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def trained(run: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(run, "metrics.jsonl") if line["split"] == "train"]
+
+
+def gap(run: Path, start: float) -> float:
+    """The longest time between steps since a moment."""
+    times = [start, *(line["time"] for line in trained(run) if line["time"] > start)]
+    return max(b - a for a, b in itertools.pairwise(times))
+
+
+def until(true: Callable[[], Any], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("graceful", [True, False])
+def test_nodes_join_and_leave(
+    graceful: bool, nodes: Cluster, shards: str, tmp_path: Path, processes: Callable
+) -> None:
+    """The case that stalled Ray Data for good: a node of augmenters is removed with many batches
+    to go."""
+    first = nodes.add_node(num_cpus=2, resources={"augment": 1})
+    ray.init(address=nodes.address, log_to_driver=False)
+    run = tmp_path / "run"
+    config = configure({**GIVEN, "shards": shards, "run": str(run)})
+    result: dict[str, Any] = {}
+    # Nodes can only be added from the main thread.
+    job = threading.Thread(target=lambda: result.update(train(config, progress=Progress())))
+    job.start()
+    try:
+        until(lambda: len(trained(run)) > 20, 60)
+        towers = processes("ray::TowerActor")
+
+        joined = time.time()
+        second = nodes.add_node(num_cpus=2, resources={"augment": 1})
+        made_by = second.node_id[:8]
+        until(lambda: any(made_by in line["made_by"] for line in trained(run)[-20:]), 30)
+
+        left = time.time()
+        nodes.remove_node(first, allow_graceful=graceful)
+        until(lambda: trained(run)[-1]["time"] > left + 20 or not job.is_alive(), 60)
+        assert processes("ray::TowerActor") == towers or not job.is_alive()
+        print(f"used {time.time() - joined:.1f} s after it joined; gap {gap(run, left):.1f} s")
+        assert gap(run, left) < 15
+    finally:
+        job.join(300)
+    assert result["restarts"] == 0
+    assert result["steps"] == 750
+    assert [line["step"] for line in trained(run)] == list(range(1, 751))
+    epochs = itertools.groupby(trained(run), key=lambda line: line["epoch"])
+    assert all(sum(sum(line["made_by"].values()) for line in rows) == 150 for _, rows in epochs)
+    fleets = [event for event in lines(run, "events.jsonl") if event["event"] == "fleet"]
+    assert any(len(event["nodes"]) == 2 for event in fleets)
+    assert fleets[-1]["lost"] == [first.node_id]
