@@ -76,11 +76,13 @@ def test_nodes_join_and_leave(
         made_by = second.node_id[:8]
         until(lambda: any(made_by in line["made_by"] for line in trained(run)[-20:]), 30)
 
+        used = time.time() - joined
+
         left = time.time()
         nodes.remove_node(first, allow_graceful=graceful)
         until(lambda: trained(run)[-1]["time"] > left + 20 or not job.is_alive(), 60)
         assert processes("ray::TowerActor") == towers or not job.is_alive()
-        print(f"used {time.time() - joined:.1f} s after it joined; gap {gap(run, left):.1f} s")
+        print(f"used {used:.1f} s after it joined; gap {gap(run, left):.1f} s")
         assert gap(run, left) < 15
     finally:
         job.join(300)
