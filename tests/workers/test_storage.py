@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 import ray
 from moto.server import ThreadedMotoServer
 
+from datasets import DataError
+from pipeline.checkpoint import read_progress
 from workers.config import configure
+from workers.progress import Progress
 from workers.run import checkpoints
 from workers.supervisor import train
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def server() -> Iterator[ThreadedMotoServer]:
+    made = ThreadedMotoServer("127.0.0.1", 0)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def bucket(server: ThreadedMotoServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket on a server of our own, with a Ray whose processes know where it is."""
-    server = ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
     host, port = server.get_host_and_port()
     known = {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
@@ -43,7 +55,6 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield "s3://bucket"
     ray.shutdown()
     fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
 
 
 def test_shards_and_run_on_an_object_store(bucket: str, shards: str) -> None:
@@ -62,3 +73,47 @@ def test_shards_and_run_on_an_object_store(bucket: str, shards: str) -> None:
     # The same, resumed where it had ended.
     again = train(config, resume=True)
     assert again["weights_sha256"] == result["weights_sha256"]
+
+
+class Outage(Progress):
+    """Ends a store's server after a step, for some seconds or for good."""
+
+    def __init__(self, server: ThreadedMotoServer, step: int, seconds: float | None) -> None:
+        super().__init__()
+        self.server, self.after, self.seconds = server, step, seconds
+        self.over: threading.Timer | None = None
+
+    def step(self, report: dict[str, Any]) -> None:
+        super().step(report)
+        if report["step"] >= self.after and not self.over:
+            host, port = self.server.get_host_and_port()
+            self.server.stop()
+            again = ThreadedMotoServer(host, port)  # what it holds outlives it
+            self.over = threading.Timer(self.seconds or 0, again.start if self.seconds else int)
+            self.over.start()
+            self.again = again
+
+
+@pytest.mark.parametrize("seconds", [4.0, None])
+def test_a_store_that_stops_answering(
+    seconds: float | None, bucket: str, server: ThreadedMotoServer, shards: str, tmp_path: Path
+) -> None:
+    """A while is waited for; for good, the run ends and says why, its last checkpoint whole."""
+    fsspec.filesystem("s3").put(f"{shards}/", "bucket/shards", recursive=True)
+    given = {"network": "alexnet-mini", "batch": 16, "epochs": 40, "augmenters": "1:1"}
+    given |= {"log_every": 1, "shards": f"{bucket}/shards", "run": f"{tmp_path}/run"}
+    outage = Outage(server, 12, seconds)
+    try:
+        if seconds:
+            result = train(configure(given), progress=outage)
+            assert (result["steps"], result["restarts"]) == (400, 0)
+        else:
+            with pytest.raises(DataError, match=r"s3://.*the store failed, again and again"):
+                train(configure(given), progress=outage)
+            assert outage.over
+            last = checkpoints(f"{tmp_path}/run")[-1]
+            assert read_progress(f"{tmp_path}/run/checkpoints/step-{last:08d}")["step"] == last
+    finally:
+        if seconds and outage.over:
+            outage.over.join()
+            outage.again.stop()
