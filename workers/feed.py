@@ -59,8 +59,9 @@ class Feed:
         self.slowest = FIRST_SECONDS / 4  # seconds that it ever took between two parts
         self.came = False  # whether a part ever did
         self.stalls, self.broken = 0, 0  # streams that stalled; that broke since a part came
-        self.nodes: set[str] = set()  # of which this stream has parts
-        self.lost: list[str] = []  # that had parts of the run and are gone
+        self.nodes: set[str] = set()  # that this stream has parts of
+        self.known: set[str] = set()  # the same of all streams, those that are still there
+        self.lost: list[str] = []  # and those that are gone
         self.loaders: dict[str, Loader] = {}
 
     def open(self, start: int) -> None:
@@ -114,6 +115,7 @@ class Feed:
                         self.slowest = max(self.slowest, now - self.moved)
                     self.moved, self.broken = now, 0
                     self.nodes.add(part.node)
+                    self.known.add(part.node)
                     if key >= self.next:
                         self.window[key] = _Held(*self.takers)
                         more = replica + 1 < self.fleet.replicas
@@ -149,8 +151,7 @@ class Feed:
             time.sleep(0.5)
             alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
             with self.there:
-                holding = {held.part.node for held in self.window.values() if held.part}
-                if gone := (holding | self.nodes) - alive:
+                if gone := self.known - alive:
                     self._lose(gone)
                     continue
                 last = self.next[0] >= len(self.fleet.itinerary)
@@ -163,10 +164,12 @@ class Feed:
     def _lose(self, nodes: set[str]) -> None:
         """What these nodes had made and nobody took is made again; the lock is held."""
         self.lost += sorted(nodes)
-        for held in self.window.values():
-            if held.part and held.part.node in nodes:
-                held.part = None
-        self._begin()
+        self.known -= nodes
+        missing = [held for held in self.window.values() if held.part and held.part.node in nodes]
+        for held in missing:
+            held.part = None
+        if missing or nodes & self.nodes:
+            self._begin()
 
     def take(self, index: int, replica: int, pixels: bool) -> list[Any] | None:
         """A list (so that Ray does not resolve them) of the references to a replica's part: its
@@ -214,7 +217,7 @@ class Feed:
 
     def state(self) -> dict[str, Any]:
         """`augmenters` that run now, `nodes` that this stream has parts of, `ready` batches,
-        `stalls` of the fleet so far, `lost` nodes that had parts.
+        `stalls` of the fleet so far, nodes that made parts and are `lost`.
         """
         with self.there:
             return {
