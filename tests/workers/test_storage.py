@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ import ray
 from moto.server import ThreadedMotoServer
 
 from datasets import DataError
+from datasets.drawn import draw
+from datasets.images import encode
+from datasets.shards import write_manifest, write_split
 from pipeline.checkpoint import read_progress
 from workers.config import configure
 from workers.progress import Progress
@@ -39,11 +44,14 @@ def bucket(server: ThreadedMotoServer, monkeypatch: pytest.MonkeyPatch) -> Itera
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",  # or botocore alone takes two minutes to give up
     }
     for name, value in known.items():
         monkeypatch.setenv(name, value)
     # fsspec keeps file systems, which keep where their server was.
     fsspec.filesystem("s3").clear_instance_cache()
+    reset = urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")
+    urllib.request.urlopen(reset).close()  # servers of one process hold the same
     fsspec.filesystem("s3").mkdir("bucket")
     ray.init(
         address="local",
@@ -96,17 +104,26 @@ class Outage(Progress):
 
 @pytest.mark.parametrize("seconds", [4.0, None])
 def test_a_store_that_stops_answering(
-    seconds: float | None, bucket: str, server: ThreadedMotoServer, shards: str, tmp_path: Path
+    seconds: float | None, bucket: str, server: ThreadedMotoServer, tmp_path: Path
 ) -> None:
     """A while is waited for; for good, the run ends and says why, its last checkpoint whole."""
-    fsspec.filesystem("s3").put(f"{shards}/", "bucket/shards", recursive=True)
-    given = {"network": "alexnet-mini", "batch": 16, "epochs": 40, "augmenters": "1:1"}
+    names = [str(label) for label in range(10)]
+    drawn = (draw(0, "train", n) for n in range(1600))
+    records = [(encode(pixels), str(n), label) for n, (pixels, label) in enumerate(drawn)]
+    # Small row groups, so that the run reads all the time.
+    url = f"{bucket}/shards"
+    written = write_split(url, "train", records, names, rows_per_group=4)
+    write_manifest(url, {"train": written}, names)
+    given = {"network": "alexnet-mini", "batch": 16, "epochs": 1, "augmenters": "1:1"}
+    given |= {"checkpoint_every": 5}
     given |= {"log_every": 1, "shards": f"{bucket}/shards", "run": f"{tmp_path}/run"}
-    outage = Outage(server, 12, seconds)
+    outage, metrics = Outage(server, 12, seconds), tmp_path / "run" / "metrics.jsonl"
     try:
         if seconds:
             result = train(configure(given), progress=outage)
-            assert (result["steps"], result["restarts"]) == (400, 0)
+            assert (result["steps"], result["restarts"]) == (100, 0)
+            times = [json.loads(line)["time"] for line in metrics.read_text().splitlines()]
+            assert any(b - a > 2 for a, b in itertools.pairwise(times))  # it did wait
         else:
             with pytest.raises(DataError, match=r"s3://.*the store failed, again and again"):
                 train(configure(given), progress=outage)
