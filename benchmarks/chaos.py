@@ -36,7 +36,7 @@ KINDS = {
 }
 """Kinds of processes and what tells them: how their command lines start, or their programs end."""
 
-STEPS_A_KILL = 24  # that the run has, so that it is not over before it was killed often enough
+STEPS_A_KILL = 80  # that the run has, so that it is not over before it was killed often enough
 
 
 def start(shards: Path, run: Path, options: list[str]) -> subprocess.Popen[str]:
@@ -117,6 +117,7 @@ def disturb(run: Path, process: subprocess.Popen[str], kills: int, kinds: list[s
         time.sleep(chance.choice([0.0, chance.uniform(0, 1)]))
         at = kill(process, kind)
         if at is None:
+            finish(process)
             sys.exit(f"the run ended before it was killed {kills} times: {number}")
         print(f"killed {kind} after checkpoint {newest(run)}", file=sys.stderr, flush=True)
         yield kind, at

@@ -34,7 +34,7 @@ from workers.feed import Feed
 from workers.fleet import Fleet, Part, unpack
 from workers.placement import cluster_nodes, decide
 
-BATCH = 128
+BATCH, SECONDS = 128, 8.0  # images; how long each rate is measured, and waited before
 
 
 class Slow(Fleet):
@@ -47,12 +47,18 @@ class Slow(Fleet):
         return super().load(index, replica, loaders)
 
 
-def feed_of(shards: str, augmenters: str, pause: float = 0.0) -> tuple[Any, int]:
+def feed_of(shards: str, augmenters: str, pause: float = 0.0, epochs: int = 1) -> tuple[Any, int]:
     """A feed that runs, and how many batches it has."""
-    given = {"network": "alexnet-mini", "batch": BATCH, "towers": 1, "run": "none", "epochs": 1}
+    given = {
+        "network": "alexnet-mini",
+        "batch": BATCH,
+        "towers": 1,
+        "run": "none",
+        "epochs": epochs,
+    }
     config = configure({**given, "shards": shards, "augmenters": augmenters})
     dataset = open_dataset(shards)
-    itinerary = Itinerary(dataset.groups("train"), None, batch=BATCH, seed=0, epochs=1)
+    itinerary = Itinerary(dataset.groups("train"), None, batch=BATCH, seed=0, epochs=epochs)
     statistics = Statistics.load(f"{shards}/statistics.npz")
     fleet = Slow(dataset, itinerary, config, decide(cluster_nodes(), config), statistics)
     fleet.pause = pause
@@ -93,21 +99,29 @@ def memory() -> tuple[float, float, float]:
 
 def growth(cluster: Cluster, shards: str) -> float:
     """Prints what doubling the fleet does; returns the rate of one node."""
-    feed, batches = feed_of(shards, "1:2")
-    times = [at for at, _ in parts(feed, 0, batches // 4)]
-    before = rate(times[len(times) // 3 :])
+    feed, batches = feed_of(shards, "1:2", epochs=8)
+    times, index = [], 0
+    for index in range(batches):
+        at, _ = next(parts(feed, index, index + 1))
+        times.append(at)
+        if at > times[0] + 2 * SECONDS:
+            break
+    before = rate([at for at in times if at > times[0] + SECONDS])
     joined, node = time.perf_counter(), cluster.add_node(num_cpus=1, resources={"augment": 1})
-    used, after = 0.0, []
-    for at, part in parts(feed, batches // 4, batches):
+    used, after = 0.0, [0.0]
+    for at, part in parts(feed, index + 1, batches):
         if not used and part.node == node.node_id:
             used = at - joined
-        if used and at > joined + used + 2:
+        if used and at > joined + used + SECONDS:
             after.append(at)
+            if at > after[1] + SECONDS:
+                break
+    doubled = rate(after[1:])
     ray.kill(feed)
     cluster.remove_node(node)
     print(f"images/s with one node of one core      {before:8.0f}")
     print(
-        f"images/s with two                       {rate(after):8.0f}  ({rate(after) / before:.2f}x)"
+        f"images/s with two                       {doubled:8.0f}  ({doubled / before:.2f}x)"
     )
     print(f"seconds from joining to its first crop  {used:8.1f}")
     return before
