@@ -120,9 +120,7 @@ def growth(cluster: Cluster, shards: str) -> float:
     ray.kill(feed)
     cluster.remove_node(node)
     print(f"images/s with one node of one core      {before:8.0f}")
-    print(
-        f"images/s with two                       {doubled:8.0f}  ({doubled / before:.2f}x)"
-    )
+    print(f"images/s with two                       {doubled:8.0f}  ({doubled / before:.2f}x)")
     print(f"seconds from joining to its first crop  {used:8.1f}")
     return before
 
