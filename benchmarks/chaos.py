@@ -33,27 +33,27 @@ KINDS = {
     "augmenter": "ray::MapWorker",
     "supervisor": "",
     "node": "/raylet",
+    "store": "/gcs_server",
 }
 """Kinds of processes and what tells them: how their command lines start, or their programs end."""
 
 STEPS_A_KILL = 80  # that the run has, so that it is not over before it was killed often enough
 
 
-def start(shards: Path, run: Path, options: list[str]) -> subprocess.Popen[str]:
-    """`towers train` with a Ray of its own, as a user starts it."""
+def start(shards: Path, run: Path, options: list[str]) -> subprocess.Popen[bytes]:
+    """`towers train` with a Ray of its own, printing into RUN.out and RUN.err."""
     command = [Path(sys.executable).parent / "towers", "train", shards, "--run", run, *options]
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "RAY_ADDRESS": "local"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    # Not a pipe: a full one would stop the run while nobody reads.
+    with open(f"{run}.out", "w") as out, open(f"{run}.err", "w") as err:
+        return subprocess.Popen(
+            command, env={**os.environ, "RAY_ADDRESS": "local"}, stdout=out, stderr=err
+        )
 
 
-def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+def finish(process: subprocess.Popen[bytes], run: Path) -> dict[str, Any]:
     """The result that a run prints."""
-    out, err = process.communicate()
+    process.wait()
+    out, err = (Path(f"{run}{end}").read_text() for end in (".out", ".err"))
     if process.returncode:
         sys.exit(f"{out}{err}the run failed with exit code {process.returncode}")
     result: dict[str, Any] = json.loads(out.splitlines()[-1])
@@ -77,7 +77,7 @@ def below(pid: int) -> dict[int, tuple[int, str]]:
     return found
 
 
-def kill(run: subprocess.Popen[str], kind: str) -> float | None:
+def kill(run: subprocess.Popen[bytes], kind: str) -> float | None:
     """Kills a process of a kind that belongs to a run, once there is one; the time, None if the
     run ended before."""
     mark = KINDS[kind]
@@ -106,7 +106,7 @@ def steps(run: Path) -> list[tuple[float, int]]:
     return [(line["time"], line["step"]) for line in lines if line["split"] == "train"]
 
 
-def disturb(run: Path, process: subprocess.Popen[str], kills: int, kinds: list[str], seed: int):  # type: ignore[no-untyped-def]
+def disturb(run: Path, process: subprocess.Popen[bytes], kills: int, kinds: list[str], seed: int):  # type: ignore[no-untyped-def]
     """Kills so often, and yields kind and time of each."""
     chance = random.Random(seed)
     for number in range(kills):
@@ -117,7 +117,7 @@ def disturb(run: Path, process: subprocess.Popen[str], kills: int, kinds: list[s
         time.sleep(chance.choice([0.0, chance.uniform(0, 1)]))
         at = kill(process, kind)
         if at is None:
-            finish(process)
+            finish(process, run)
             sys.exit(f"the run ended before it was killed {kills} times: {number}")
         print(f"killed {kind} after checkpoint {newest(run)}", file=sys.stderr, flush=True)
         yield kind, at
@@ -145,11 +145,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="towers-") as name:
         folder = Path(name)
         write_drawn(str(folder / "shards"), train=images, val=50)
-        whole = finish(start(folder / "shards", folder / "undisturbed", options.split()))
+        undisturbed = folder / "undisturbed"
+        whole = finish(start(folder / "shards", undisturbed, options.split()), undisturbed)
         process = start(folder / "shards", folder / "run", options.split())
         try:
             killed = list(disturb(folder / "run", process, args.kills, kinds, args.seed))
-            result = finish(process)
+            result = finish(process, folder / "run")
         finally:
             process.terminate()
         done = steps(folder / "run")

@@ -12,16 +12,19 @@ import ray
 from ray._private import services, worker
 
 from workers.config import UserError
+from workers.errors import ClusterLost
 
 
 @contextmanager
 def connected() -> Iterator[None]:
     """Within it Ray is up: the cluster of RAY_ADDRESS, one that runs on this machine, or a new one.
 
-    What was started here is ended here. Raises UserError if a named cluster does not answer.
+    What was started here is ended here. Raises UserError if a named cluster does not answer,
+    ClusterLost instead of whatever follows if Ray goes away meanwhile.
     """
     if ray.is_initialized():
-        yield
+        with _kept():
+            yield
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # When a tower dies its peers fail too; one line says so, not a traceback of each.
@@ -35,9 +38,26 @@ def connected() -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"no Ray cluster at {address}: {reason}") from None
     try:
-        yield
+        with _kept():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Tells errors that follow from the loss of Ray as what they are."""
+    try:
+        yield
+    except Exception:
+        check()
+        raise
+
+
+def check() -> None:
+    """Raises ClusterLost if this process has lost its Ray."""
+    if lost():
+        raise ClusterLost("Ray is gone from this node") from None
 
 
 def lost() -> bool:

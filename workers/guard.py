@@ -7,18 +7,19 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 AGAIN = 75  # exit code of a child that asks to be started again (EX_TEMPFAIL)
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
+PROGRESS, ENDED = b"p", b"e"  # what a child notes in its pipe
 
 
-def guarded(work: Callable[[int, Callable[[], None]], int], limit: int) -> int:
-    """The exit code of `work`, which runs in a child process, and in another one if that is killed
-    or ends with `AGAIN`; in a row, without progress, `limit` times at most.
+def guarded(work: Callable[[int, Callable[[], object]], int], limit: int) -> int:
+    """The exit code of `work`, which runs in a child process, and in another one if that is killed,
+    is ended from outside Python or ends with `AGAIN`; in a row, without progress, `limit` times at
+    most.
 
     `work` is called with the number of children before it and with what it is to call at each
     progress. Signals that end a program are passed on to the child, and it ends in order if this
@@ -32,12 +33,19 @@ def guarded(work: Callable[[int, Callable[[], None]], int], limit: int) -> int:
             os.close(read)
             _end_with(own)
             os.set_blocking(write, False)
-            return work(deaths, partial(_note, write))
+            note = lru_cache(partial(os.write, write))  # each note once is enough
+            try:
+                return work(deaths, partial(note, PROGRESS))
+            finally:
+                note(ENDED)
         os.close(write)
         status = _wait(child)
-        row = 0 if os.read(read, 1) else row
+        notes = os.read(read, len(PROGRESS + ENDED))
         os.close(read)
-        if os.WIFEXITED(status) and os.WEXITSTATUS(status) != AGAIN:
+        row = 0 if PROGRESS in notes else row
+        # Ray ends a process that has lost it, without a word to Python.
+        in_order = os.WIFEXITED(status) and ENDED in notes
+        if in_order and os.WEXITSTATUS(status) != AGAIN:
             return os.WEXITSTATUS(status)
         name = "lost its Ray" if os.WIFEXITED(status) else _signal(os.WTERMSIG(status))
         if _told or row >= limit:
@@ -74,11 +82,6 @@ def _end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _note(pipe: int) -> None:
-    with suppress(BlockingIOError):  # it holds thousands of notes that nobody needs to count
-        os.write(pipe, b".")
 
 
 def _signal(number: int) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from datasets import DataError
 from datasets.plan import Itinerary
@@ -22,20 +21,19 @@ from datasets.statistics import Statistics
 from pipeline.network import Network
 from pipeline.tracing import Span
 from workers import cluster, placement
+from workers.actors import Actors
 from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import check_classes, drawn, statistics_of
-from workers.errors import ClusterLost, RunFailed
-from workers.feed import Feed
+from workers.errors import RunFailed
 from workers.fleet import Fleet
 from workers.placement import Placement
 from workers.progress import Progress
 from workers.run import RunFolder
-from workers.towers import Job, TowerActor
+from workers.towers import Job
 
 LOOK_SECONDS = 2.0  # between looks at what `towers scale` wants
 PLACES = ("nodes", "lost")  # of the fleet: those it has parts of now, those that are gone
-SECONDS, PATIENCE = 5.0, 60.0  # for news of a death: usually, and if a node may have gone
 
 
 def train(
@@ -44,7 +42,7 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     deaths: int = 0,
-    progressed: Callable[[], None] | None = None,
+    progressed: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
     """Trains as configured and returns the result: the keys of `towers train --json`.
 
@@ -110,7 +108,7 @@ class _Run:
         folder: RunFolder,
         progress: Progress,
         deaths: int,
-        progressed: Callable[[], None] | None,
+        progressed: Callable[[], object] | None,
     ) -> None:
         self.job, self.fleet, self.folder, self.progress = job, fleet, folder, progress
         self.deaths = deaths
@@ -119,7 +117,6 @@ class _Run:
         self.evaluations: list[dict[str, Any]] = []
         self.last: dict[str, Any] = {}
         self.images = self.seconds = self.stalled = 0.0
-        self.actors: list[Any] = []
         self.traces: dict[int, list[Span]] = {}
         self.stopping, self.stopped = "", False  # the signal that ends the run; whether it is heard
         self.augmenters, self.stalls, self.looked = job.config.augmenters, 0, 0.0
@@ -135,16 +132,16 @@ class _Run:
                     if self.deaths:
                         self.restarts = self.folder.count("lost") + 1
                         self._lose(["the supervisor"])
-                return self._attempt(group)
-            except ray.exceptions.RayError as error:
-                self._judge(error)
+                with Actors(self.job, self.fleet, group) as actors:
+                    try:
+                        return self._attempt(actors)
+                    except ray.exceptions.RayError as error:
+                        self._judge(error, actors)
             finally:
-                for actor in self.actors:
-                    ray.kill(actor)
-                self.actors = []
-                ray.util.remove_placement_group(group)
+                if not cluster.lost():  # or nobody answers
+                    ray.util.remove_placement_group(group)
 
-    def _judge(self, error: ray.exceptions.RayError) -> None:
+    def _judge(self, error: ray.exceptions.RayError, actors: Actors) -> None:
         """Returns if another attempt is due; raises what ends the run otherwise."""
         cause: BaseException | None = error
         while isinstance(cause, ray.exceptions.RayTaskError):
@@ -155,7 +152,7 @@ class _Run:
             raise cause from None
         kind = type(cause).__name__
         text = (str(cause).strip().splitlines() or ["no message"])[0]
-        lost = self._lost(PATIENCE if _of_peers(cause) else SECONDS)
+        lost = actors.lost(cause)
         if not lost:
             said = f"{kind}: {textwrap.shorten(text, 300)}; {state}"
             raise RunFailed(said) from error
@@ -172,59 +169,12 @@ class _Run:
         self.folder.event("lost", processes=lost, restarts=self.restarts)
         self.progress.say(f"{', '.join(lost)} died: going on from {where}")
 
-    def _lost(self, patience: float) -> list[str]:
-        """Names of the actors that are dead, given some seconds for the news to arrive.
-
-        Raises ClusterLost if it is this process that has lost its Ray.
-        """
-        deadline = time.monotonic() + patience
-        lost: list[str] = []
-        while not lost and time.monotonic() < deadline:
-            if cluster.lost():
-                raise ClusterLost("Ray is gone from this node") from None
-            for name, actor in zip(self._names(), self.actors, strict=False):
-                try:
-                    ray.get(actor.__ray_ready__.remote(), timeout=0.5)
-                except ray.exceptions.GetTimeoutError:
-                    continue  # busy, and so alive
-                except ray.exceptions.RayActorError:
-                    lost.append(name)
-        return lost
-
-    def _names(self) -> list[str]:
-        return ["the feed", *(f"tower rank {r}" for r in range(self.job.placement.mesh.size))]
-
-    def _attempt(self, group: Any) -> dict[str, Any]:
-        """Creates feed and towers, trains from the last checkpoint to the end."""
+    def _attempt(self, actors: Actors) -> dict[str, Any]:
+        """Trains from the last checkpoint to the end."""
         kept = self.folder.checkpoints()
         resume = self.folder.checkpoint(kept[-1]) if kept else None
         mesh, itinerary = self.job.placement.mesh, self.job.itinerary
-        seats = [
-            PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-            for bundle in placement.seats(placement.nodes_of(group), mesh)
-        ]
-        # Beside the first tower, so that the feed does not go with a node that only augments.
-        feed = (
-            ray.remote(Feed)
-            .options(num_cpus=0, max_concurrency=mesh.size + 4, scheduling_strategy=seats[0])
-            .remote(self.fleet)
-        )
-        self.actors = [feed]
-        towers = []
-        for rank, strategy in enumerate(seats):
-            resources = dict(self.job.placement.tower)
-            actor = (
-                ray.remote(TowerActor)
-                .options(
-                    num_cpus=resources.pop("CPU"),
-                    num_gpus=resources.pop("GPU", 0),
-                    resources=resources,
-                    scheduling_strategy=strategy,
-                )
-                .remote(self.job, rank)
-            )
-            towers.append(actor)
-        self.actors += towers
+        feed, towers = actors.feed, actors.towers
         network = self.job.config.build(self.job.classes)
         start = _start(itinerary, network, resume)
         opened = feed.open.remote(start)  # the fleet starts while the towers build their weights
@@ -236,7 +186,7 @@ class _Run:
             "start", step=found["step"], mesh=str(mesh), device=self.job.placement.device
         )
         self.progress.start(self.job, found["step"])
-        for report in _reports(towers, feed, start):
+        for report in actors.reports(start):
             if report:
                 self._take(report, feed)
             self._heed(feed)
@@ -261,6 +211,7 @@ class _Run:
         if time.monotonic() - self.looked < LOOK_SECONDS:
             return
         self.looked = time.monotonic()
+        cluster.check()
         wanted = self.folder.wanted_augmenters()
         if wanted and wanted != self.augmenters:
             self.augmenters = wanted
@@ -344,14 +295,6 @@ def _terminated(run: _Run) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _of_peers(error: BaseException | None) -> bool:
-    """Whether an error is what a rank sees when another one's node is gone."""
-    if isinstance(error, ray.exceptions.RayActorError):
-        return True
-    words = ("connection", "peer", "socket", "nccl", "broken pipe")
-    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
-
-
 def _start(itinerary: Itinerary, network: Network, resume: str | None) -> int:
     """The item to go on with after a checkpoint: read from its progress without its tensors.
 
@@ -368,20 +311,3 @@ def _start(itinerary: Itinerary, network: Network, resume: str | None) -> int:
     progress = checkpoint.read_progress(resume)
     evaluated = any(e["step"] == progress["step"] for e in progress["evaluations"])
     return itinerary.after(progress["step"], evaluated)
-
-
-def _reports(towers: list[Any], feed: Any, start: int) -> Iterator[dict[str, Any]]:
-    """What the towers yield, as it comes, until all have ended; {} once a second if nothing does.
-
-    Raises what one of them raised.
-    """
-    streams = [tower.train.options(num_returns="streaming").remote(feed, start) for tower in towers]
-    while streams:
-        ready, _ = ray.wait(streams, num_returns=1, timeout=1)
-        if not ready:
-            yield {}
-        for stream in ready:
-            try:
-                yield ray.get(next(stream))
-            except StopIteration:
-                streams.remove(stream)

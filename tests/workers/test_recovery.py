@@ -1,0 +1,126 @@
+"""Law 3 where it is hardest: at an epoch's edges, with a node of towers, with the whole cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from benchmarks.chaos import below
+from workers.config import configure
+from workers.progress import Progress
+from workers.run import checkpoints
+from workers.supervisor import train
+
+SMALL = {"network": "alexnet-mini", "batch": 64, "epochs": 4, "augmenters": "1:2", "log_every": 1}
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == kind]
+
+
+def command(shards: str, run: Path, *options: str) -> list[str]:
+    """`towers train` of the same run as `SMALL`, as a user starts it."""
+    given = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
+    program = str(Path(sys.executable).parent / "towers")
+    flags = [word.replace("_", "-") if word.startswith("--") else word for word in given]
+    return [program, "train", shards, "--run", str(run), *flags, *options, "--json"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The weights that a run in peace ends with."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    result = train(configure({**SMALL, "shards": shards, "run": str(folder)}))
+    sha: str = result["weights_sha256"]
+    return sha
+
+
+@pytest.fixture
+def nodes() -> Iterator[Cluster]:
+    """A head for the augmenters, and two nodes of which each can hold the towers."""
+    ray.shutdown()
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    for _ in range(2):
+        made.add_node(num_cpus=2, resources={"towers": 1})
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_a_kill_at_the_last_and_the_first_batch_of_an_epoch(
+    undisturbed: str, shards: str, tmp_path: Path, processes: Callable[[str], list[int]]
+) -> None:
+    run = tmp_path / "run"
+    due = [2, 3]  # checkpoints: before the last batch of the first epoch, and after it
+
+    def progressed() -> None:
+        if due and checkpoints(str(run))[-1] >= due[0]:
+            due.pop(0)
+            os.kill(processes("ray::TowerActor")[-1], signal.SIGKILL)
+
+    config = configure({**SMALL, "shards": shards, "run": str(run), "checkpoint_every": 2})
+    result = train(config, progressed=progressed)
+    assert [event["step"] for event in events(run, "start")] == [0, 2, 3]
+    assert result["restarts"] == 2
+    assert result["weights_sha256"] == undisturbed
+
+
+def test_a_node_is_lost_that_holds_the_towers_and_the_feed(
+    undisturbed: str, nodes: Cluster, shards: str, tmp_path: Path
+) -> None:
+    ray.init(address=nodes.address, log_to_driver=False)
+    run = tmp_path / "run"
+    config = configure({**SMALL, "shards": shards, "run": str(run), "checkpoint_every": 2})
+    result: dict[str, Any] = {}
+    job = threading.Thread(target=lambda: result.update(train(config, progress=Progress())))
+    job.start()
+    try:
+        while not checkpoints(str(run)) and job.is_alive():
+            time.sleep(0.05)
+        home = ray.util.state.list_actors(filters=[("class_name", "=", "TowerActor")])[0].node_id
+        lost = next(node for node in nodes.worker_nodes if node.node_id == home)
+        nodes.remove_node(lost, allow_graceful=False)
+    finally:
+        job.join(300)
+    assert result["restarts"] == 1
+    assert result["weights_sha256"] == undisturbed
+
+
+def test_the_whole_cluster_is_lost_and_the_run_resumed(
+    undisturbed: str, shards: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = subprocess.Popen(
+        command(shards, run, "--checkpoint-every", "2"),
+        env={**os.environ, "RAY_ADDRESS": "local"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    while job.poll() is None and not checkpoints(str(run)):
+        time.sleep(0.05)
+    for pid in [job.pid, *below(job.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    job.communicate()
+    done = checkpoints(str(run))
+    assert done
+    again = subprocess.run(
+        [sys.executable.replace("python", "towers"), "train", "--run", str(run), "--resume"],
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0, again.stderr
+    assert events(run, "start")[-1]["step"] == done[-1]
+    assert events(run, "end")[-1]["weights_sha256"] == undisturbed

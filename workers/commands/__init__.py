@@ -1,0 +1,99 @@
+"""The commands of `towers`, a module a theme; each adds its parsers, and nothing heavy is imported
+before a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from workers.config import Config, UserError
+
+VARIANTS = ("activation", "lrn", "pooling", "dropout", "columns")
+"""Fields of a configuration that make another network."""
+
+
+def command(
+    commands: Any, name: str, text: str, example: str, run: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    """Adds a command that `run` does; options that are not given are absent from its arguments."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"example: {example}",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON object at the end.")
+    parser.set_defaults(run_command=run)
+    return parser
+
+
+def options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds the options of these fields of the configuration."""
+    for field in fields(Config):
+        if field.name in names:
+            _option(parser, field)
+
+
+def help_of(name: str) -> str:
+    """What a field of the configuration says of itself."""
+    field = {f.name: f for f in fields(Config)}[name]
+    text: str = field.metadata["help"]
+    return text
+
+
+def _option(parser: argparse.ArgumentParser, field: Field[Any]) -> None:
+    """The option of a configuration's field; values are checked by the configuration itself."""
+    flag, kind = "--" + field.name.replace("_", "-"), str(field.type).removesuffix(" | None")
+    default = "" if field.default in (None, "", (), MISSING) else f" [{field.default}]"
+    text = field.metadata["help"].replace("%", "%%") + default
+    allowed = [a for a in field.metadata.get("allowed") or () if a is not None]
+    metavar = "|".join(map(str, allowed)) or field.name.upper()
+    if kind == "bool":
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+    elif kind.startswith("tuple"):
+        parser.add_argument(flag, type=_floats, metavar="E,E,...", help=text)
+    else:
+        types = {"int": int, "float": float, "str": str}
+        parser.add_argument(flag, type=types[kind], metavar=metavar, help=text)
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(",") if part)
+
+
+def workers(parser: argparse.ArgumentParser) -> None:
+    """Adds --workers."""
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="Workers; as many as the cluster has CPUs if unset.",
+    )
+
+
+def count(workers: int | None) -> int | None:
+    """The value of --workers. Raises UserError if it cannot be."""
+    if workers is not None and workers < 1:
+        raise UserError(f"workers is {workers}: at least 1")
+    return workers
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the configuration that were said."""
+    names = {f.name for f in fields(Config)}
+    return {
+        name: value for name, value in vars(args).items() if name in names and value is not None
+    }
+
+
+def show(args: argparse.Namespace, text: str, result: dict[str, Any]) -> int:
+    """Prints a result as text, and as JSON if that was asked for; returns 0."""
+    print(text)
+    if getattr(args, "json", False):
+        print(json.dumps(result))
+    return 0

@@ -1,0 +1,102 @@
+"""`towers train`, `scale` and `describe`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from workers.commands import VARIANTS, command, given, help_of, options, show
+from workers.config import Config, UserError, configure, locate
+from workers.guard import AGAIN, guarded
+
+MESH = ("replicas", "stages", "cuts", "towers")
+
+
+def add(commands: Any) -> None:
+    train = command(
+        commands,
+        "train",
+        "train a network",
+        "towers train SHARDS --network alexnet --augmenters 2:16",
+        _train,
+    )
+    train.add_argument("shards", nargs="?", metavar="SHARDS", help=help_of("shards"))
+    train.add_argument("--config", metavar="FILE", help="TOML file of these options.")
+    train.add_argument("--resume", action="store_true", help="Go on with the run in RUN.")
+    options(train, *(f.name for f in fields(Config) if f.name != "shards"))
+
+    scale = command(
+        commands,
+        "scale",
+        "change the fleet of a run that is going on",
+        "towers scale RUN --augmenters 8:32",
+        _scale,
+    )
+    scale.add_argument("run", metavar="RUN", help=help_of("run"))
+    scale.add_argument("--augmenters", metavar="MIN:MAX", required=True, help=help_of("augmenters"))
+
+    describe = command(
+        commands,
+        "describe",
+        "print a network's layers and what they cost",
+        "towers describe --network alexnet --towers 2",
+        _describe,
+    )
+    describe.add_argument("--classes", type=int, help="Classes; 1000, or 10 of the small networks.")
+    options(describe, "network", *MESH, "batch", *VARIANTS)
+
+
+def _train(args: argparse.Namespace) -> int:
+    said, resume = given(args), getattr(args, "resume", False)
+    file = getattr(args, "config", None)
+    if resume:
+        if "run" not in said:
+            raise UserError("--resume needs --run RUN, the run to go on with")
+        if file:
+            raise UserError("--config has no effect with --resume: RUN holds its configuration")
+        file = f"{locate(said['run'])}/config.toml"
+    config = configure(said, file)
+
+    def work(deaths: int = 0, progressed: Callable[[], object] | None = None) -> int:
+        from workers.errors import ClusterLost
+        from workers.progress import result_table
+        from workers.supervisor import train
+
+        try:
+            result = train(config, resume=resume, deaths=deaths, progressed=progressed)
+        except ClusterLost as error:
+            if not args.guard:
+                raise
+            print(f"towers: {error}", file=sys.stderr)
+            return AGAIN
+        return show(args, result_table(result), result)
+
+    return guarded(work, config.restarts) if args.guard else work()
+
+
+def _scale(args: argparse.Namespace) -> int:
+    from workers.run import write_scale
+
+    augmenters = configure({"augmenters": args.augmenters, "run": "none"}).augmenters
+    write_scale(locate(args.run), augmenters)
+    print(f"{args.run}: {augmenters} augmenters, as soon as the run looks")
+    return 0
+
+
+def _describe(args: argparse.Namespace) -> int:
+    said = {"network": "alexnet", **given(args)}
+    small = said["network"] in ("alexnet-mini", "cifar")
+    config = configure({**said, "run": "none"})
+    classes = getattr(args, "classes", 10 if small else 1000)
+    from pipeline.mesh import Mesh
+    from workers.description import layer_table
+
+    mesh = Mesh(config.replicas, config.stages, config.towers or config.columns)
+    try:
+        text, result = layer_table(config.build(classes), mesh, config.parts, config.batch)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return show(args, text, result)

@@ -1,0 +1,52 @@
+"""`towers export` and `import`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from workers.commands import VARIANTS, command, given, help_of, options, show
+from workers.config import locate
+
+
+def add(commands: Any) -> None:
+    export = command(
+        commands,
+        "export",
+        "write a run's weights into a file",
+        "towers export RUN alexnet.safetensors",
+        _export,
+    )
+    export.add_argument("run", metavar="RUN", help=help_of("run"))
+    export.add_argument("file", metavar="FILE", help="A name in .safetensors or .pt.")
+    export.add_argument("--step", type=int, help="Of this checkpoint instead of the last.")
+
+    import_ = command(
+        commands,
+        "import",
+        "make a run out of weights",
+        "towers import bvlc_alexnet.npz RUN --network alexnet-2012 --shards SHARDS",
+        _import,
+    )
+    import_.add_argument("file", metavar="FILE", help="In .safetensors, .pt, or Caffe's .npz.")
+    import_.add_argument("run", metavar="RUN", help=help_of("run"))
+    options(import_, "network", "shards", *VARIANTS)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from workers.weights import export
+
+    return _show(args, export(locate(args.run), args.file, getattr(args, "step", None)))
+
+
+def _import(args: argparse.Namespace) -> int:
+    from workers.weights import import_
+
+    said = {name: value for name, value in given(args).items() if name != "run"}
+    return _show(args, import_(args.file, locate(args.run), said))
+
+
+def _show(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    from workers.progress import table
+
+    return show(args, table([(name, str(value)) for name, value in result.items()]), result)
