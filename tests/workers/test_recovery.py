@@ -90,7 +90,8 @@ def test_a_node_is_lost_that_holds_the_towers_and_the_feed(
     try:
         while not checkpoints(str(run)) and job.is_alive():
             time.sleep(0.05)
-        home = ray.util.state.list_actors(filters=[("class_name", "=", "TowerActor")])[0].node_id
+        groups = ray.util.placement_group_table().values()
+        (home,) = {node for group in groups for node in group["bundles_to_node_id"].values()}
         lost = next(node for node in nodes.worker_nodes if node.node_id == home)
         nodes.remove_node(lost, allow_graceful=False)
     finally:
