@@ -11,6 +11,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from datasets import DataError
+from workers.cli_results import add_commands
 from workers.config import Config, UserError, configure, locate
 from workers.guard import AGAIN, guarded
 
@@ -163,6 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     for f in fields(Config):
         if f.name in ("network", *MESH, "batch", *VARIANTS):
             _option(describe, f)
+
+    add_commands(commands, _command)
     return parser
 
 

@@ -1,0 +1,91 @@
+"""The commands for what a run has learnt: `towers evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from workers.config import UserError, locate
+
+
+def add_commands(commands: Any, command: Any) -> None:
+    """Adds them to the parser's commands; `command` makes one of them."""
+    evaluate = command(
+        commands,
+        "evaluate",
+        "measure the errors of runs, and of their averaged prediction",
+        "towers evaluate RUN --data SHARDS --crops 10",
+        _evaluate,
+    )
+    evaluate.add_argument("runs", nargs="+", metavar="RUN", help="Folders or URLs of runs.")
+    _data(evaluate)
+    _network(evaluate)
+    evaluate.add_argument(
+        "--weights", metavar="W,W,...", help="Of each run in the average; equal if unset."
+    )
+    evaluate.add_argument(
+        "--on-error", choices=("fail", "skip"), help="What becomes of an image that is bad. [fail]"
+    )
+    evaluate.add_argument(
+        "--workers", type=int, metavar="N", help="Workers; as many as there is room for if unset."
+    )
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", metavar="SHARDS", help="Folder or URL of shards; the run's own if unset."
+    )
+    parser.add_argument("--split", metavar="NAME", help="Split of the shards. [val, else test]")
+
+
+def _network(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--crops", type=int, choices=(1, 10), help="Crops of each image: its centre, or ten. [1]"
+    )
+    parser.add_argument("--step", type=int, help="Of this checkpoint instead of the last.")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from workers.evaluate import evaluate
+    from workers.progress import table
+
+    given = {
+        name: value
+        for name, value in vars(args).items()
+        if name in ("split", "crops", "step", "on_error", "workers")
+    }
+    if given.get("workers", 1) < 1:
+        raise UserError(f"workers is {given['workers']}: at least 1")
+    if data := getattr(args, "data", ""):
+        given["data"] = locate(data)
+    if text := getattr(args, "weights", ""):
+        given["weights"] = _numbers(text)
+    result = evaluate([locate(run) for run in args.runs], **given)
+    crops = "1 crop" if result["crops"] == 1 else f"{result['crops']} crops"
+    heads = (f"{result['images']} images of {result['split']}, {crops}", "loss", "top-1", "top-5")
+    rows = [_figures(f"{line['run']} step {line['step']}", line) for line in result["runs"]]
+    if len(rows) > 1:
+        rows.append(_figures("averaged", result))
+    print(table(rows, heads))
+    if result["skipped"]:
+        print(f"{result['skipped']} bad images were skipped")
+    if getattr(args, "json", False):
+        print(json.dumps(result))
+    return 0
+
+
+def _figures(name: str, line: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        name,
+        f"{line['loss']:.4f}",
+        f"{line['top1_error']:.2%}",
+        f"{line['top5_error']:.2%}",
+    )
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"weights is {text!r}: numbers with commas between them") from None
