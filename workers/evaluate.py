@@ -105,13 +105,19 @@ def evaluate(
 
 def complete(network: Trained, dataset: Dataset, progress: Progress) -> Trained:
     """A network that knows its classes and statistics, which are then kept in its run: those of its
-    training data or else of `dataset`, measured if nobody has.
+    training data or else of `dataset`, measured if nobody has. Raises UserError if there is nothing
+    to measure.
     """
     if network.classes and network.statistics:
         return network
     trained_on = training_data(network.run, network.config) or dataset
     classes = network.classes or classes_of(trained_on)
     statistics = network.statistics or known_statistics(network.config.image, trained_on.root)
+    if not statistics and "train" not in trained_on.splits:
+        raise UserError(
+            f"{network.run} does not know the mean of its training images, and {trained_on.root} "
+            "has no train split to measure it on; name shards that have one by --data"
+        )
     if not statistics:
         one = {"CPU": 1.0}
         statistics = measured(trained_on, network.config, network.run, one, progress)
