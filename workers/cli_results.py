@@ -1,4 +1,4 @@
-"""The commands for what a run has learnt: `towers evaluate`."""
+"""The commands for what a run has learnt: `towers evaluate` and `predict`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 from workers.config import UserError, locate
+
+BAR, WIDTH = "\u2588", 40  # a full block, and how many of them are all of the probability
 
 
 def add_commands(commands: Any, command: Any) -> None:
@@ -30,6 +32,19 @@ def add_commands(commands: Any, command: Any) -> None:
     evaluate.add_argument(
         "--workers", type=int, metavar="N", help="Workers; as many as there is room for if unset."
     )
+
+    predict = command(
+        commands,
+        "predict",
+        "print the likeliest classes of images",
+        "towers predict RUN photos/ cat.jpg https://example.org/dog.jpg",
+        _predict,
+    )
+    predict.add_argument("run", metavar="RUN", help="Folder or URL of the run.")
+    predict.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="Files, folders of images, or URLs."
+    )
+    _network(predict)
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +88,34 @@ def _evaluate(args: argparse.Namespace) -> int:
     if getattr(args, "json", False):
         print(json.dumps(result))
     return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    import sys
+
+    from workers.predict import predict
+
+    given = {name: value for name, value in vars(args).items() if name in ("crops", "step")}
+    run, found = locate(args.run), []
+    bar = BAR if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
+    bar = bar if sys.stdout.isatty() else ""
+    for line in predict(run, args.images, **given):
+        print(prediction(line, bar))
+        found.append(line)
+    if getattr(args, "json", False):
+        print(json.dumps({"run": run, "crops": given.get("crops", 1), "images": found}))
+    return 0
+
+
+def prediction(line: dict[str, Any], bar: str) -> str:
+    """An image's likeliest classes for a person, with bars made of `bar` if it is not ""."""
+    wide = max(len(one["title"]) for one in line["classes"])
+    lines = [line["image"]]
+    for one in line["classes"]:
+        chance = one["probability"]
+        drawn = bar * round(chance * WIDTH)
+        lines.append(f"  {one['title']:{wide}}  {chance:6.1%}  {drawn}".rstrip())
+    return "\n".join(lines)
 
 
 def _figures(name: str, line: dict[str, Any]) -> tuple[str, ...]:
