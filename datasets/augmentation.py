@@ -6,6 +6,7 @@ is turned on: the crop's row, its column, the mirror, three draws for the colour
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ from datasets import DataError
 from datasets.images import Pixels, decode
 from datasets.layout import Dataset
 from datasets.randomness import stream
-from datasets.rows import Rows
+from datasets.rows import Record, Rows
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,13 @@ def ten_crops(pixels: Pixels, crop: int) -> Pixels:
     return np.stack([*five, *(view[:, ::-1] for view in five)])
 
 
+def test_views(pixels: Pixels, crop: int, views: Literal[1, 10]) -> Pixels:
+    """What is seen of an image in evaluation: uint8 [1, crop, crop, 3], its centre, or
+    [10, crop, crop, 3], `ten_crops`. Raises ValueError if the image is smaller.
+    """
+    return ten_crops(pixels, crop) if views == 10 else centre_crop(pixels, crop)[None]
+
+
 def colour_shift(
     colour: NDArray[np.float64], std: float, rng: np.random.Generator
 ) -> NDArray[np.float32]:
@@ -159,40 +167,64 @@ class Loader:
 
         Raises DataError, naming file and row, unless bad rows are skipped.
         """
-        faults: list[str] = []
-        skip = self.on_error == "skip"
-        n, crop = len(rows), self.aug.crop
-        batch = Batch(
-            np.empty((n, crop, crop, 3), np.uint8),
-            np.empty(n, np.int64),
-            np.zeros((n, 3), np.float32),
-            np.empty(n, np.int64),
-            0,
-            faults,
-        )
-        kept = 0
-        for record in self._source.read(rows, faults if skip else None):
-            try:
-                pixels = decode(record.image, record.place, self.aug.size, least=crop)
-            except DataError as error:
-                if not skip:
-                    raise
-                faults.append(str(error))
-                continue
+        batch = self._empty(len(rows))
+        for kept, (record, pixels) in enumerate(self._images(rows, batch.faults)):
             if train:
                 rng = generator(self.seed, epoch, record.row)
                 batch.crops[kept] = train_crop(pixels, self.aug, rng)
                 if self.colour is not None:
                     batch.shifts[kept] = colour_shift(self.colour, self.aug.colour, rng)
             else:
-                batch.crops[kept] = centre_crop(pixels, crop)
+                batch.crops[kept] = centre_crop(pixels, self.aug.crop)
             batch.labels[kept], batch.rows[kept] = record.label, record.row
-            kept += 1
-        batch.skipped = n - kept
-        if batch.skipped:
-            for name in ("crops", "labels", "shifts", "rows"):
-                setattr(batch, name, getattr(batch, name)[:kept])
-        return batch
+        return _without(batch, len(batch.faults))
+
+    def load_views(self, rows: NDArray[np.int64], views: Literal[1, 10]) -> Batch:
+        """The samples of `rows` as they are evaluated: the centre alone or the ten test crops of
+        each, `crops` uint8 [n, views, crop, crop, 3]. Raises DataError as `load` does.
+        """
+        batch = self._empty(len(rows), views)
+        for kept, (record, pixels) in enumerate(self._images(rows, batch.faults)):
+            batch.crops[kept] = test_views(pixels, self.aug.crop, views)
+            batch.labels[kept], batch.rows[kept] = record.label, record.row
+        return _without(batch, len(batch.faults))
+
+    def _images(
+        self, rows: NDArray[np.int64], faults: list[str]
+    ) -> Iterator[tuple[Record, Pixels]]:
+        """The rows and their pixels; bad ones raise, or are left out and told in `faults`."""
+        skip = self.on_error == "skip"
+        for record in self._source.read(rows, faults if skip else None):
+            try:
+                pixels = decode(record.image, record.place, self.aug.size, least=self.aug.crop)
+            except DataError as error:
+                if not skip:
+                    raise
+                faults.append(str(error))
+                continue
+            yield record, pixels
+
+    def _empty(self, n: int, *views: int) -> Batch:
+        """A batch with room for n samples."""
+        crop = self.aug.crop
+        return Batch(
+            np.empty((n, *views, crop, crop, 3), np.uint8),
+            np.empty(n, np.int64),
+            np.zeros((n, 3), np.float32),
+            np.empty(n, np.int64),
+            0,
+            [],
+        )
+
+
+def _without(batch: Batch, skipped: int) -> Batch:
+    """A batch without the room of so many samples that were skipped."""
+    if skipped:
+        kept = len(batch.rows) - skipped
+        for name in ("crops", "labels", "shifts", "rows"):
+            setattr(batch, name, getattr(batch, name)[:kept])
+    batch.skipped = skipped
+    return batch
 
 
 def _check(pixels: Pixels, crop: int) -> None:

@@ -45,6 +45,12 @@ class Statistics:
         lengths = self.eigenvalues if scale == "eigenvalues" else np.sqrt(self.eigenvalues)
         return self.eigenvectors * lengths
 
+    def centre(self, crop: int) -> NDArray[np.float32]:
+        """What is subtracted from crops: the middle of the mean image, float32 [crop, crop, 3]."""
+        margin = (len(self.mean_image) - crop) // 2
+        mean = self.mean_image[margin : margin + crop, margin : margin + crop]
+        return np.ascontiguousarray(mean, np.float32)
+
     def save(self, url: str) -> None:
         """Write a NumPy .npz to any fsspec URL, complete or not at all."""
         buffer = io.BytesIO()

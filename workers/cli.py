@@ -7,10 +7,10 @@ import os
 import sys
 
 from datasets import DataError
-from workers.commands import data, training, weights
+from workers.commands import data, results, training, weights
 from workers.config import UserError
 
-COMMANDS = (training, data, weights)
+COMMANDS = (training, data, results, weights)
 
 
 def program() -> int:

@@ -1,19 +1,46 @@
-"""The data of a run: opened and checked, drawn where none is named, its statistics measured."""
+"""The data of a run: opened and checked, drawn where none is named, its statistics measured.
+
+A run keeps what its network needs to know of the data, so that it can be used where that is not.
+"""
 
 from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
 
 import fsspec
 
 from datasets import DataError
 from datasets.drawn import write_drawn
-from datasets.layout import Dataset
-from datasets.shards import open_dataset
+from datasets.layout import Dataset, write_whole
+from datasets.shards import open_dataset, read_manifest
 from datasets.statistics import Statistics
 from workers.config import Config
 from workers.fleet import measure
 from workers.placement import Placement
 from workers.progress import Progress
 from workers.run import RunFolder
+
+CLASSES, STATISTICS = "classes.json", "statistics.npz"
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a data set in order, and what their names mean where the names don't say."""
+
+    names: tuple[str, ...]
+    words: dict[str, str]
+
+    def title(self, number: int) -> str:
+        """What to call a class before a person."""
+        name = self.names[number]
+        return self.words.get(name, name).partition(",")[0]
+
+    @property
+    def numbered(self) -> bool:
+        """Whether nothing named the classes."""
+        return self.names == tuple(map(str, range(len(self.names))))
 
 
 def check_classes(dataset: Dataset) -> None:
@@ -35,14 +62,61 @@ def statistics_of(
     dataset: Dataset, config: Config, folder: RunFolder, where: Placement, progress: Progress
 ) -> Statistics:
     """Those of the shards if they were made for this image size, else measured and kept."""
-    kept = f"{folder.url}/statistics.npz"
-    for url in (f"{dataset.root.rstrip('/')}/statistics.npz", kept):
+    found = known_statistics(config.image, dataset.root, folder.url)
+    return found or measured(dataset, config, folder.url, where.augmenter, progress)
+
+
+def measured(
+    dataset: Dataset, config: Config, run: str, resources: dict[str, float], progress: Progress
+) -> Statistics:
+    """The statistics of the training images, by tasks with these resources; kept in the run."""
+    progress.say(f"measuring mean and colours of {dataset.rows('train')} images")
+    statistics = measure(dataset, config.image, config.on_error, resources)
+    statistics.save(f"{run}/{STATISTICS}")
+    return statistics
+
+
+def known_statistics(image: int, *folders: str) -> Statistics | None:
+    """The first statistics of images of this size that lie in one of the folders."""
+    for folder in folders:
+        url = f"{folder.rstrip('/')}/{STATISTICS}"
         fs, path = fsspec.core.url_to_fs(url)
         if fs.exists(path):
             statistics = Statistics.load(url)
-            if statistics.mean_image.shape[0] == config.image:
+            if statistics.mean_image.shape[0] == image:
                 return statistics
-    progress.say(f"measuring mean and colours of {dataset.rows('train')} images")
-    statistics = measure(dataset, config.image, config.on_error, where.augmenter)
-    statistics.save(kept)
-    return statistics
+    return None
+
+
+def classes_of(dataset: Dataset) -> Classes:
+    """The classes of a data set."""
+    return Classes(dataset.classes, dict((read_manifest(dataset.root) or {}).get("words") or {}))
+
+
+def keep(run: str, classes: Classes, statistics: Statistics | None) -> None:
+    """Writes what a run's network needs to know of the data into the run."""
+    text = json.dumps({"classes": classes.names, "words": classes.words}, indent=1) + "\n"
+    fs, path = fsspec.core.url_to_fs(run)
+    write_whole(fs, f"{path}/{CLASSES}", text.encode())
+    if statistics:
+        statistics.save(f"{run}/{STATISTICS}")
+
+
+def kept_classes(run: str) -> Classes | None:
+    """What `keep` wrote; None if it did not. Raises DataError if it is something else."""
+    fs, path = fsspec.core.url_to_fs(run)
+    if not fs.exists(f"{path}/{CLASSES}"):
+        return None
+    try:
+        found: dict[str, Any] = json.loads(fs.cat_file(f"{path}/{CLASSES}"))
+        return Classes(tuple(found["classes"]), dict(found["words"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{run}/{CLASSES}: not readable ({error!r}); remove it") from None
+
+
+def training_data(run: str, config: Config) -> Dataset | None:
+    """The data set that a run was trained on, if it is still there."""
+    try:
+        return open_dataset(config.shards or f"{run}/shards")
+    except DataError:
+        return None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import DataContext, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
 from datasets import DataError
 from workers.config import UserError
@@ -23,10 +23,11 @@ def spread(
     *,
     workers: int | None = None,
     here: bool = False,
+    gpus: int = 0,
 ) -> Iterator[tuple[int, Any]]:
     """The values that `function(shared, item)` yields for each item, as they come, each with the
-    item's number; by as many tasks of one CPU as the cluster has room for, or `workers`; in this
-    process if `here`.
+    item's number; by as many tasks of one CPU as the cluster has room for, or `workers`; with
+    `gpus`, by as many processes at most of one GPU each; in this process if `here`.
 
     A lost task's item is done again: its values come once. Raises DataError as a task did, and
     UserError if the cluster has no room.
@@ -34,20 +35,25 @@ def spread(
     if here:
         yield from ((n, value) for n, item in enumerate(items) for value in function(shared, item))
         return
-    await_room("a worker", {"CPU": 1.0})
+    await_room("a worker", {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0})
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # so that each value comes when it is there
     context.execution_options.preserve_order = False
     tables = [pa.table({"item": [i], "value": [pickle.dumps(v)]}) for i, v in enumerate(items)]
+    most = min(workers or gpus or len(items), len(items))
     found = ray.data.from_blocks(tables).map_batches(
-        _call,
+        _Caller if gpus else _call,
         fn_kwargs={"function": function, "shared": ray.put(shared)},
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=1,
-        compute=TaskPoolStrategy(size=min(workers, len(items)) if workers else None),
+        num_gpus=1 if gpus else None,
+        # Ray ends a task's process if it had a GPU; actors keep theirs.
+        compute=ActorPoolStrategy(min_size=1, max_size=min(most, gpus), initial_size=1)
+        if gpus
+        else TaskPoolStrategy(size=most if workers else None),
     )
     for bundle in found.iter_internal_ref_bundles():
         for table in ray.get(bundle.block_refs):
@@ -67,6 +73,13 @@ def _call(block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:
         error = str(fault)
     if error:
         yield pa.table({"item": [item], "value": [b""], "error": [error]})
+
+
+class _Caller:
+    """`_call` as an actor."""
+
+    def __call__(self, block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:
+        yield from _call(block, function, shared)
 
 
 def only_here(*urls: str) -> bool:

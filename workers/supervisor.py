@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import ray
 
 from datasets import DataError
@@ -24,7 +24,7 @@ from workers import cluster, placement
 from workers.actors import Actors
 from workers.cluster import connected
 from workers.config import Config, UserError
-from workers.data import check_classes, drawn, statistics_of
+from workers.data import check_classes, classes_of, drawn, keep, statistics_of
 from workers.errors import RunFailed
 from workers.fleet import Fleet
 from workers.placement import Placement
@@ -67,7 +67,8 @@ def train(
         fleet = Fleet(dataset, job.itinerary, config, where, statistics)
         if advice := config.advice(len(dataset.classes)):
             progress.say(advice)
-        run = _Run(job, fleet, folder, progress, deaths, progressed)
+        known = partial(keep, folder.url, classes_of(dataset), statistics)
+        run = _Run(job, fleet, folder, progress, known, deaths, progressed)
         try:
             with _terminated(run):
                 return run.result()
@@ -92,9 +93,7 @@ def _job(
         steps=config.steps,
     )
     crop = config.build(len(dataset.classes)).crop
-    margin = (config.image - crop) // 2
-    mean = statistics.mean_image[margin : margin + crop, margin : margin + crop]
-    mean = np.ascontiguousarray(mean, np.float32)
+    mean = statistics.centre(crop)
     return Job(config, where, itinerary, len(dataset.classes), mean, folder.url)
 
 
@@ -107,10 +106,12 @@ class _Run:
         fleet: Fleet,
         folder: RunFolder,
         progress: Progress,
+        keep: Callable[[], object],
         deaths: int,
         progressed: Callable[[], object] | None,
     ) -> None:
         self.job, self.fleet, self.folder, self.progress = job, fleet, folder, progress
+        self.keep = keep  # writes into the folder what is to be known of the data
         self.deaths = deaths
         self.restarts, self.row = 0, 0  # in all, and since the last checkpoint
         self.made, self.progressed = False, progressed
@@ -128,6 +129,7 @@ class _Run:
             try:
                 if not self.made:  # a run that found no room leaves no folder behind
                     self.folder.create()
+                    self.keep()
                     self.made = True
                     if self.deaths:
                         self.restarts = self.folder.count("lost") + 1

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from datasets.shards import open_dataset
 from pipeline import checkpoint
 from pipeline.optimizer import SGD
 from pipeline.tower import Tower
 from pipeline.weights import read_weights, write_weights
 from workers.config import UserError, configure
-from workers.run import RunFolder, checkpoint_url, checkpoints
+from workers.data import classes_of, keep, known_statistics
+from workers.run import RunFolder, checkpoint_url
+from workers.trained import pick_step
 
 README = """# {name}
 
@@ -33,14 +36,7 @@ def export(run: str, file: str, step: int | None = None) -> dict[str, Any]:
 
     Raises UserError if there is no such checkpoint, or the file cannot be written.
     """
-    kept = checkpoints(run)
-    if not kept:
-        raise UserError(f"{run}: no checkpoint there; is it the folder of a run?")
-    if step is not None and step not in kept:
-        raise UserError(
-            f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, kept))}"
-        )
-    step = kept[-1] if step is None else step
+    step = pick_step(run, step)
     config = configure({}, f"{run}/config.toml")
     weights = checkpoint.load_weights(checkpoint_url(run, step))
     classes = len(weights[f"{config.build(1000).layers[-1].name}.bias"])
@@ -62,15 +58,23 @@ def import_(file: str, run: str, given: dict[str, Any]) -> dict[str, Any]:
     """Makes a run whose checkpoint of step 0 has the weights of a file, from which `towers train
     --resume` goes on.
 
-    Raises UserError if they are not the network's, or the run is there already.
+    Raises UserError if they are not the network's or of other classes than the run's shards, or the
+    run is there already; DataError if there are no such shards.
     """
     config = configure({**given, "run": run})
     try:
         network, weights = read_weights(file, config.build)
     except ValueError as error:
         raise UserError(str(error)) from None
+    data = open_dataset(config.shards) if config.shards else None
+    if data and len(data.classes) != network.classes:
+        raise UserError(
+            f"{file} tells {network.classes} classes apart, {config.shards} has {len(data.classes)}"
+        )
     folder = RunFolder(config, resume=False)
     folder.create()
+    if data:
+        keep(folder.url, classes_of(data), known_statistics(config.image, data.root))
     tower = Tower(network, seed=config.seed)
     tower.load_state_dict({f"blocks.{name}": weight for name, weight in weights.items()})
     optimizer = SGD(tower.weights(), rate=config.rate, momentum=config.momentum)

@@ -163,6 +163,17 @@ def test_evaluation_takes_centres_without_shifts(tmp_path: Path) -> None:
     assert loader.load(np.array([0]), 9, False).crops.tobytes() == batch.crops.tobytes()
 
 
+def test_views_are_the_centre_or_ten_crops(tmp_path: Path) -> None:
+    data = dataset(tmp_path, [encode(picture(20, 20, i)) for i in range(5)], 20)
+    loader = Loader(data, "train", Augmentation(20, 12), COLOUR, seed=0)
+    rows = np.array([4, 1])
+    one, ten = loader.load_views(rows, 1), loader.load_views(rows, 10)
+    assert one.crops[:, 0].tobytes() == loader.load(rows, 0, False).crops.tobytes()
+    assert ten.crops.shape == (2, 10, 12, 12, 3)
+    assert ten.crops[:, 4].tobytes() == one.crops[:, 0].tobytes()
+    assert ten.labels.tolist() == one.labels.tolist() == [0, 1]
+
+
 def test_bad_images_are_named_or_skipped(tmp_path: Path) -> None:
     good = encode(picture(20, 20))
     data = dataset(tmp_path, [good, b"no image", good, encode(picture(9, 30)), good], None)
@@ -178,6 +189,8 @@ def test_bad_images_are_named_or_skipped(tmp_path: Path) -> None:
     assert batch.skipped == 2
     assert [fault.partition(":")[0] for fault in batch.faults] == [f"{name} row 1", f"{name} row 3"]
     assert len(batch.crops) == len(batch.labels) == len(batch.shifts) == 3
+    views = loader.load_views(np.arange(5), 10)
+    assert (views.rows.tolist(), views.skipped, len(views.crops)) == ([0, 2, 4], 2, 3)
 
 
 def test_a_crop_beyond_the_prepared_size_is_refused_at_once(tmp_path: Path) -> None:

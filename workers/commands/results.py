@@ -1,0 +1,126 @@
+"""`towers evaluate` and `predict`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from workers.commands import command, count, show, workers
+from workers.config import UserError, locate
+
+BAR, WIDTH = "\u2588", 40  # a full block, and how many of them are all of the probability
+
+
+def add(commands: Any) -> None:
+    evaluate = command(
+        commands,
+        "evaluate",
+        "measure the errors of runs, and of their averaged prediction",
+        "towers evaluate RUN --data SHARDS --crops 10",
+        _evaluate,
+    )
+    evaluate.add_argument("runs", nargs="+", metavar="RUN", help="Folders or URLs of runs.")
+    _data(evaluate)
+    _network(evaluate)
+    evaluate.add_argument(
+        "--weights", metavar="W,W,...", help="Of each run in the average; equal if unset."
+    )
+    evaluate.add_argument(
+        "--on-error", choices=("fail", "skip"), help="What becomes of an image that is bad. [fail]"
+    )
+    workers(evaluate)
+
+    predict = command(
+        commands,
+        "predict",
+        "print the likeliest classes of images",
+        "towers predict RUN photos/ cat.jpg https://example.org/dog.jpg",
+        _predict,
+    )
+    predict.add_argument("run", metavar="RUN", help="Folder or URL of the run.")
+    predict.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="Files, folders of images, or URLs."
+    )
+    _network(predict)
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", metavar="SHARDS", help="Folder or URL of shards; the run's own if unset."
+    )
+    parser.add_argument("--split", metavar="NAME", help="Split of the shards. [val, else test]")
+
+
+def _network(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--crops", type=int, choices=(1, 10), help="Crops of each image: its centre, or ten. [1]"
+    )
+    parser.add_argument("--step", type=int, help="Of this checkpoint instead of the last.")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from workers.evaluate import evaluate
+    from workers.progress import table
+
+    given = {
+        name: value
+        for name, value in vars(args).items()
+        if name in ("split", "crops", "step", "on_error")
+    }
+    given["workers"] = count(getattr(args, "workers", None))
+    if data := getattr(args, "data", ""):
+        given["data"] = locate(data)
+    if text := getattr(args, "weights", ""):
+        given["weights"] = _numbers(text)
+    result = evaluate([locate(run) for run in args.runs], **given)
+    crops = "1 crop" if result["crops"] == 1 else f"{result['crops']} crops"
+    heads = (f"{result['images']} images of {result['split']}, {crops}", "loss", "top-1", "top-5")
+    rows = [_figures(f"{line['run']} step {line['step']}", line) for line in result["runs"]]
+    if len(rows) > 1:
+        rows.append(_figures("averaged", result))
+    skipped = f"\n{result['skipped']} bad images were skipped" if result["skipped"] else ""
+    return show(args, table(rows, heads) + skipped, result)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from workers.predict import predict
+
+    given = {name: value for name, value in vars(args).items() if name in ("crops", "step")}
+    run, found = locate(args.run), []
+    bar = BAR if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
+    bar = bar if sys.stdout.isatty() else ""
+    for line in predict(run, args.images, **given):
+        print(prediction(line, bar))
+        found.append(line)
+    if getattr(args, "json", False):
+        print(json.dumps({"run": run, "crops": given.get("crops", 1), "images": found}))
+    return 0
+
+
+def prediction(line: dict[str, Any], bar: str) -> str:
+    """An image's likeliest classes for a person, with bars made of `bar` if it is not ""."""
+    wide = max(len(one["title"]) for one in line["classes"])
+    lines = [line["image"]]
+    for one in line["classes"]:
+        chance = one["probability"]
+        drawn = bar * round(chance * WIDTH)
+        lines.append(f"  {one['title']:{wide}}  {chance:6.1%}  {drawn}".rstrip())
+    return "\n".join(lines)
+
+
+def _figures(name: str, line: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        name,
+        f"{line['loss']:.4f}",
+        f"{line['top1_error']:.2%}",
+        f"{line['top5_error']:.2%}",
+    )
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"weights is {text!r}: numbers with commas between them") from None

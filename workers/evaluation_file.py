@@ -1,0 +1,146 @@
+"""What an evaluation leaves: `evaluation.json` in each run, and the figures that are printed."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import fsspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from datasets.augmentation import test_views
+from datasets.images import decode, encode, fit
+from datasets.layout import Dataset, write_whole
+from datasets.rows import Rows
+from pipeline.evaluation import Verdicts, best
+from workers.progress import Progress
+from workers.trained import Trained
+
+EVALUATION = "evaluation.json"
+EXAMPLES = 8  # images from all over the split, and as many of the worst mistakes
+THUMBNAIL = 128  # pixels
+
+Views = Literal[1, 10]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every worker knows. `shares`: the networks' weights in the average, if not equal."""
+
+    dataset: Dataset
+    split: str
+    views: Views
+    on_error: Literal["fail", "skip"]
+    networks: tuple[Trained, ...]
+    shares: tuple[float, ...] | None
+    device: str
+    threads: int | None
+
+
+def write_evaluation(
+    work: Work,
+    rows: NDArray[np.int64],
+    verdicts: Sequence[Verdicts],
+    skipped: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Keeps each network's evaluation in its run, and returns the figures of all.
+
+    `rows` in order, with the verdicts of each network and, of several, of their average. A run that
+    cannot be written to is said.
+    """
+    about = {
+        "data": work.dataset.root,
+        "split": work.split,
+        "crops": work.views,
+        "skipped": skipped,
+    }
+    of_runs = [
+        {"run": network.run, "step": network.step, **verdict.means()}
+        for network, verdict in zip(work.networks, verdicts, strict=False)
+    ]
+    overall: dict[str, Any] = {**about, **verdicts[-1].means()}
+    if len(work.networks) > 1:
+        overall["weights"] = list(work.shares or [1.0] * len(work.networks))
+    result = {**overall, "runs": of_runs}
+    for network, verdict, figures in zip(work.networks, verdicts, of_runs, strict=False):
+        kept = {**about, **figures, **details(network, work, rows, verdict)}
+        if len(work.networks) > 1:
+            kept["average"] = result
+        fs, path = fsspec.core.url_to_fs(network.run)
+        try:
+            write_whole(fs, f"{path}/{EVALUATION}", (json.dumps(kept) + "\n").encode())
+        except OSError as error:
+            progress.say(f"{network.run}: the evaluation cannot be kept there: {error}")
+    return result
+
+
+def read_evaluation(run: str) -> dict[str, Any] | None:
+    """What `write_evaluation` kept last in a run; None if nothing."""
+    fs, path = fsspec.core.url_to_fs(run)
+    if not fs.exists(f"{path}/{EVALUATION}"):
+        return None
+    kept: dict[str, Any] = json.loads(fs.cat_file(f"{path}/{EVALUATION}"))
+    return kept
+
+
+def details(
+    network: Trained, work: Work, rows: NDArray[np.int64], verdict: Verdicts
+) -> dict[str, Any]:
+    """`classes` with their errors, `confusion` as [true, predicted, images] where there are
+    images, `examples` from all over the split and `mistakes`, those with the greatest loss.
+    """
+    classes = network.classes
+    assert classes
+    count = network.network.classes
+    by_class = [
+        {"name": classes.names[n], "title": classes.title(n), **figures}
+        for n, figures in enumerate(verdict.by_class(count))
+    ]
+    table = verdict.confusion(count)
+    cells = table.nonzero()
+    confusion = torch.cat([cells, table[cells[:, 0], cells[:, 1]][:, None]], 1)
+    wrong = (verdict.ranks > 0).nonzero()[:, 0]
+    worst = wrong[verdict.losses[wrong].argsort(descending=True, stable=True)][:EXAMPLES]
+    spaced = np.unique(np.linspace(0, len(rows) - 1, EXAMPLES).astype(np.int64))
+    return {
+        "classes": by_class,
+        "confusion": confusion.tolist(),
+        "examples": _examples(network, work, rows[spaced]),
+        "mistakes": _examples(network, work, rows[worst.numpy()]),
+    }
+
+
+def _examples(network: Trained, work: Work, rows: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Rows with a small picture (JPEG in base64), the true class, and the likeliest classes with
+    their probabilities.
+    """
+    if not len(rows):
+        return []
+    image, crop = network.shape
+    records = Rows(work.dataset, work.split).read(rows)
+    pixels = [decode(record.image, record.place, image) for record in records]
+    views = np.stack([test_views(one, crop, work.views) for one in pixels])
+    probabilities = network.classifier().probabilities(torch.from_numpy(views))
+    classes, values = (found.tolist() for found in best(probabilities))
+    return [
+        {
+            "row": record.row,
+            "place": record.place,
+            "label": record.label,
+            "best": [list(pair) for pair in zip(*found, strict=True)],
+            "image": base64.b64encode(_thumbnail(one)).decode(),
+        }
+        for record, one, *found in zip(records, pixels, classes, values, strict=True)
+    ]
+
+
+def _thumbnail(pixels: NDArray[np.uint8]) -> bytes:
+    small = min(THUMBNAIL, len(pixels))
+    return encode(np.asarray(fit(Image.fromarray(pixels), small)), 85)

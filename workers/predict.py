@@ -1,0 +1,90 @@
+"""`towers predict`: what a trained network sees in images, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from datasets import DataError
+from datasets.augmentation import test_views
+from datasets.images import ENDINGS, MAX_BYTES, Pixels, decode
+from datasets.layout import address, opened, persistent, storage
+from pipeline.evaluation import best
+from workers.config import UserError
+from workers.trained import Trained, open_trained
+
+BATCH = 32  # images that are computed together
+
+
+def predict(
+    run: str, images: Sequence[str], *, crops: int = 1, step: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """The likeliest classes of each image, at most five, falling: `image` and `classes`, each with
+    its `class` (name), `title` and `probability`.
+
+    `images`: files, folders or URLs of any image format that shards may hold, of any size; `crops`:
+    1, the centre, or 10. Raises UserError for a run without checkpoint or whose data is not known,
+    and for a folder without images, before the first image; DataError for a file that is no image.
+    """
+    if crops not in (1, 10):
+        raise UserError(f"crops is {crops}: 1, the centre, or 10")
+    network = open_trained(run, step)
+    if not network.classes or not network.statistics:
+        raise UserError(
+            f"{run} does not know the classes and the mean of its training images; "
+            "`towers evaluate RUN --data SHARDS` finds and keeps them"
+        )
+    found = [file for place in images for file in image_files(place)]
+    return _predict(network, found, crops)
+
+
+def image_files(place: str) -> list[str]:
+    """The files of a folder, and of those in it, that are images by their names; a file itself.
+
+    Raises DataError if nothing is there, UserError if a folder holds no image.
+    """
+    fs, path = storage(place)
+    if not persistent(place, lambda: fs.isdir(path)):
+        return [place]  # which `opened` names if it is missing
+    names = (name for name in fs.find(path) if name.rpartition(".")[2].lower() in ENDINGS)
+    if not (files := [address(fs, name) for name in sorted(names)]):
+        raise UserError(f"{place}: no image in this folder; name files, or a folder of them")
+    return files
+
+
+def read_image(place: str, size: int) -> Pixels:
+    """The image at a path or URL, fitted to `size`: uint8 [size, size, 3].
+
+    Raises DataError if it is missing or no image.
+    """
+    with opened(place) as file:
+        data: bytes = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise DataError(f"{place}: more than {MAX_BYTES >> 20} MiB; is it an image?")
+    return decode(data, place, size)
+
+
+def _predict(network: Trained, files: list[str], crops: int) -> Iterator[dict[str, Any]]:
+    assert network.classes
+    classifier, (image, crop) = network.classifier(), network.shape
+    left = iter(files)
+    while some := list(islice(left, BATCH)):
+        views = [test_views(read_image(file, image), crop, crops) for file in some]  # type: ignore[arg-type]
+        probabilities = classifier.probabilities(torch.from_numpy(np.stack(views)))
+        classes, values = (found.tolist() for found in best(probabilities))
+        for file, numbers, chances in zip(some, classes, values, strict=True):
+            yield {
+                "image": file,
+                "classes": [
+                    {
+                        "class": network.classes.names[number],
+                        "title": network.classes.title(number),
+                        "probability": chance,
+                    }
+                    for number, chance in zip(numbers, chances, strict=True)
+                ],
+            }

@@ -1,0 +1,87 @@
+"""A trained network out of a run, with all that it takes to use it anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from datasets.statistics import Statistics
+from pipeline import checkpoint
+from pipeline.evaluation import Classifier
+from pipeline.network import Network
+from workers.config import Config, UserError, configure
+from workers.data import Classes, classes_of, kept_classes, known_statistics, training_data
+from workers.run import checkpoint_url, checkpoints
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The network of a run's checkpoint, as a value that travels.
+
+    `weights` by whole-network names, NumPy arrays because Ray lets processes share those. `classes`
+    and `statistics` are None where the run does not know them, as if made of foreign weights.
+    """
+
+    run: str
+    step: int
+    config: Config
+    weights: dict[str, NDArray[Any]]
+    classes: Classes | None
+    statistics: Statistics | None
+
+    @property
+    def network(self) -> Network:
+        """Its table."""
+        last = self.config.build(1000).layers[-1].name
+        return self.config.build(len(self.weights[f"{last}.bias"]))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sides in pixels that images are fitted to and that crops have."""
+        return self.config.image, self.network.crop
+
+    def classifier(self, device: str = "cpu") -> Classifier:
+        """It, ready for crops. On the CPU the full layers' weights are not copied."""
+        assert self.statistics
+        return Classifier(
+            self.network,
+            {name: torch.from_numpy(weight) for name, weight in self.weights.items()},
+            torch.from_numpy(self.statistics.centre(self.network.crop)),
+            scale=self.config.scale,
+            compute=getattr(torch, self.config.precision),
+            device=device,
+        )
+
+
+def pick_step(run: str, step: int | None) -> int:
+    """`step` if the run has a checkpoint of it, or that of its last one.
+
+    Raises UserError if there is no such checkpoint.
+    """
+    kept = checkpoints(run)
+    if not kept:
+        raise UserError(f"{run}: no checkpoint there; is it the folder of a run?")
+    if step is not None and step not in kept:
+        raise UserError(
+            f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, kept))}"
+        )
+    return kept[-1] if step is None else step
+
+
+def open_trained(run: str, step: int | None = None) -> Trained:
+    """The network of a run's last checkpoint, or that of a step, from a run of any mesh.
+
+    Raises UserError if there is no such checkpoint or no configuration.
+    """
+    step = pick_step(run, step)
+    config = configure({}, f"{run}/config.toml")
+    weights = checkpoint.load_weights(checkpoint_url(run, step))
+    classes, statistics = kept_classes(run), known_statistics(config.image, run)
+    if not (classes and statistics) and (data := training_data(run, config)):
+        classes = classes or classes_of(data)
+        statistics = statistics or known_statistics(config.image, data.root)
+    arrays = {name: weight.numpy() for name, weight in weights.items()}
+    return Trained(run, step, config, arrays, classes, statistics)
