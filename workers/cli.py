@@ -11,6 +11,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from datasets import DataError
+from workers import cli_jobs
 from workers.config import Config, UserError, configure, locate
 from workers.guard import AGAIN, guarded
 
@@ -163,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     for f in fields(Config):
         if f.name in ("network", *MESH, "batch", *VARIANTS):
             _option(describe, f)
+    cli_jobs.add(commands, _command)
     return parser
 
 
