@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
     """What a user's shell has: the project's programs first, and the cluster's token.
 
@@ -44,16 +45,19 @@ def environment() -> Iterator[dict[str, str]]:
         }
 
 
-@pytest.fixture
-def dashboard(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def dashboard(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
     """A head and a node that takes augmenters, started as a user starts them."""
+    logs = tmp_path_factory.mktemp("ray")
     gcs, http = free_port(), free_port()
     head = ("--head", f"--port={gcs}", f"--dashboard-port={http}", "--include-dashboard=true")
     node = (f"--address=127.0.0.1:{gcs}", "--resources", '{"augment": 1}')
     started = []
 
     def start(name: str, *options: str) -> None:
-        with (tmp_path / name).open("w") as log:
+        with (logs / name).open("w") as log:
             command = [f"{BIN}/ray", "start", "--block", "--num-cpus=2", *options]
             started.append(
                 subprocess.Popen(
@@ -120,3 +124,68 @@ def test_a_submitted_job_trains(
     assert (run / "checkpoints" / "step-00000003" / ".metadata").exists()
     # Two nodes of two cores, one of them set aside: the towers have the other for themselves.
     assert "1 thread(s) each" in done.stdout
+
+
+def towers(environment: dict[str, str], folder: Path, *arguments: str) -> Any:
+    return subprocess.run(
+        [f"{BIN}/towers", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_towers_submit_sends_follows_and_returns_the_code(
+    dashboard: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "big").write_bytes(secrets.token_bytes(2**21))
+    known = environment | {"RAY_API_SERVER_ADDRESS": dashboard}
+    done = towers(known, tmp_path, "submit", "--", "describe", "--network", "cifar")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("conv1 ") == 1  # the log, once
+    assert "a package of 0.00 MiB" in done.stderr  # without the run
+    job = done.stderr.split(":")[0]
+
+    mistake = towers(known, tmp_path, "submit", "--", "describe", "--network", "lenet")
+    assert mistake.returncode == 2
+    assert "network is 'lenet': one of" in mistake.stdout
+
+    listed = towers(known, tmp_path, "jobs").stdout
+    assert job in listed
+    assert "SUCCEEDED" in listed
+    assert "FAILED" in listed
+    assert "conv1" in towers(known, tmp_path, "logs", job).stdout
+    assert "had ended already" in towers(known, tmp_path, "stop", job).stdout
+
+
+@pytest.mark.parametrize("command", [("logs", "none"), ("stop", "none")])
+def test_an_unknown_job_is_named(
+    command: tuple[str, str], dashboard: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    done = towers(environment, tmp_path, *command, "--address", dashboard)
+    assert done.returncode == 2
+    assert done.stderr == "towers: none: no such job; `towers jobs` lists them\n"
+
+
+def test_who_has_no_token_is_told(
+    dashboard: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    for token, said in ((None, "Authentication required"), ("0" * 64, "Authentication failed")):
+        given = {k: v for k, v in environment.items() if k != "RAY_AUTH_TOKEN"}
+        given |= {"RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
+        done = towers(given, tmp_path, "jobs", "--address", dashboard)
+        assert done.returncode == 2, done.stderr
+        assert said in done.stderr
+        assert "RAY_AUTH_TOKEN" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_cluster_that_is_not_there_is_told(environment: dict[str, str], tmp_path: Path) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    done = towers(environment, tmp_path, "jobs", "--address", address)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"towers: no Ray cluster at {address}: ")
+    assert done.stderr.count("\n") == 1

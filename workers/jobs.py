@@ -1,0 +1,140 @@
+"""Jobs on a running cluster, by Ray's job API: submit, follow, list, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import aiohttp
+import ray
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from workers.config import UserError
+from workers.errors import RunFailed
+
+# What a job does not need, beside what .gitignore names.
+EXCLUDES = [".git", ".venv", "runs", "shards", "data", "**/__pycache__", "**/.*_cache"]
+PATIENCE = 300.0  # seconds without a cluster before a log is given up
+DROPPED = (OSError, requests.RequestException, aiohttp.ClientError)  # of a connection
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """A client of the cluster whose dashboard is at `address`.
+
+    Raises UserError if nobody answers, the token is missing or wrong, or Ray is another version.
+    """
+    from ray._private.authentication.authentication_token_setup import (
+        maybe_enable_token_auth_if_token_available,
+    )
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # what it tells of itself
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    try:
+        client = JobSubmissionClient(address)
+        found = client._server_ray_version
+    except AuthenticationError as error:
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"{address}: {first}; put the cluster's token into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from None
+    except (*DROPPED, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"no Ray cluster at {address}: {reason.rstrip('.')}; "
+            "`ray dashboard cluster.yaml` opens the way"
+        ) from None
+    if found != ray.__version__:
+        raise UserError(
+            f"{address}: the cluster has Ray {found}, this machine {ray.__version__}: install "
+            f"ray=={found} here, or `ray up` the cluster anew"
+        )
+    return client
+
+
+def submit(client: JobSubmissionClient, folder: str, command: str) -> str:
+    """Starts `command` on the cluster with a copy of `folder`; returns the job's name."""
+    found: str = client.submit_job(
+        entrypoint=command, runtime_env={"working_dir": folder, "excludes": EXCLUDES}
+    )
+    return found
+
+
+def package_size(folder: str) -> int:
+    """Bytes of the package that `submit` sends, as Ray packs it."""
+    from ray._private.runtime_env.packaging import create_package
+
+    with tempfile.TemporaryDirectory() as made:
+        file = Path(made) / "package.zip"
+        create_package(folder, file, include_gitignore=True, excludes=EXCLUDES)
+        return file.stat().st_size
+
+
+def follow(client: JobSubmissionClient, job: str, out: TextIO | None = None) -> int:
+    """Writes the job's log as it comes; returns its exit code once it has ended.
+
+    A connection that drops is made again, and the log goes on where it was. Raises RunFailed if
+    the cluster stays away for five minutes.
+    """
+    out, written, last = out or sys.stdout, 0, time.monotonic()
+
+    def write(log: str) -> None:
+        """The rest of the whole log so far."""
+        nonlocal written, last
+        out.write(log[written:])
+        out.flush()
+        written, last = max(written, len(log)), time.monotonic()
+
+    async def tail() -> None:
+        log = ""
+        async for text in client.tail_job_logs(job):
+            log += text
+            write(log)
+
+    while True:
+        try:
+            asyncio.run(tail())
+            info = known(client, job)
+            if info.status.is_terminal():
+                write(client.get_job_logs(job))
+                return _code(info)
+        except (*DROPPED, RuntimeError):
+            if time.monotonic() - last > PATIENCE:
+                raise RunFailed(f"{job}: the cluster does not answer; the job may go on") from None
+        time.sleep(1)
+
+
+def _code(info: Any) -> int:
+    """0 done, 2 if the driver ended with the user's mistake, 1 otherwise."""
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    return 2 if info.driver_exit_code == 2 else 1
+
+
+def known(client: JobSubmissionClient, job: str) -> Any:
+    """Ray's details of a job. Raises UserError if the cluster knows none of this name."""
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:
+        if re.search(r"\b404\b|does not exist", str(error)):
+            raise UserError(f"{job}: no such job; `towers jobs` lists them") from None
+        raise
+
+
+def listed(client: JobSubmissionClient) -> list[tuple[str, ...]]:
+    """Name, state, start and command of each job, the newest last."""
+    found = [job for job in client.list_jobs() if job.submission_id]
+    found.sort(key=lambda job: job.start_time or 0)
+    return [(j.submission_id, str(j.status), _stamp(j.start_time), j.entrypoint) for j in found]
+
+
+def _stamp(milliseconds: int | None) -> str:
+    moment = time.localtime((milliseconds or 0) / 1000)
+    return time.strftime("%Y-%m-%d %H:%M:%S", moment) if milliseconds else "-"
