@@ -1,4 +1,4 @@
-"""The commands for what a run has learnt: `towers evaluate` and `predict`."""
+"""The commands for what a run has learnt: `towers evaluate`, `predict`, `report`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ def add_commands(commands: Any, command: Any) -> None:
         "images", nargs="+", metavar="IMAGE", help="Files, folders of images, or URLs."
     )
     _network(predict)
+
+    report = command(
+        commands,
+        "report",
+        "write a page of curves, kernels and mistakes of runs",
+        "towers report RUN",
+        _report,
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="Folders or URLs of runs.")
+    report.add_argument("--output", metavar="FILE", help="The page. [report.html in the first RUN]")
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +114,17 @@ def _predict(args: argparse.Namespace) -> int:
         found.append(line)
     if getattr(args, "json", False):
         print(json.dumps({"run": run, "crops": given.get("crops", 1), "images": found}))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from workers.report import report
+
+    output = getattr(args, "output", "")
+    result = report([locate(run) for run in args.runs], locate(output) if output else "")
+    print(result["file"])
+    if getattr(args, "json", False):
+        print(json.dumps(result))
     return 0
 
 
