@@ -1,4 +1,4 @@
-"""`towers evaluate` and `predict`."""
+"""`towers evaluate`, `predict` and `report`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ def add(commands: Any) -> None:
         "images", nargs="+", metavar="IMAGE", help="Files, folders of images, or URLs."
     )
     _network(predict)
+
+    report = command(
+        commands,
+        "report",
+        "write a page of curves, kernels and mistakes of runs",
+        "towers report RUN",
+        _report,
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="Folders or URLs of runs.")
+    report.add_argument("--output", metavar="FILE", help="The page. [report.html in the first RUN]")
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +107,14 @@ def _predict(args: argparse.Namespace) -> int:
     if getattr(args, "json", False):
         print(json.dumps({"run": run, "crops": given.get("crops", 1), "images": found}))
     return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from workers.report import report
+
+    output = getattr(args, "output", "")
+    result = report([locate(run) for run in args.runs], locate(output) if output else "")
+    return show(args, result["file"], result)
 
 
 def prediction(line: dict[str, Any], bar: str) -> str:
