@@ -99,7 +99,7 @@ def ten_crops(pixels: Pixels, crop: int) -> Pixels:
     return np.stack([*five, *(view[:, ::-1] for view in five)])
 
 
-def test_views(pixels: Pixels, crop: int, views: Literal[1, 10]) -> Pixels:
+def evaluation_views(pixels: Pixels, crop: int, views: Literal[1, 10]) -> Pixels:
     """What is seen of an image in evaluation: uint8 [1, crop, crop, 3], its centre, or
     [10, crop, crop, 3], `ten_crops`. Raises ValueError if the image is smaller.
     """
@@ -185,7 +185,7 @@ class Loader:
         """
         batch = self._empty(len(rows), views)
         for kept, (record, pixels) in enumerate(self._images(rows, batch.faults)):
-            batch.crops[kept] = test_views(pixels, self.aug.crop, views)
+            batch.crops[kept] = evaluation_views(pixels, self.aug.crop, views)
             batch.labels[kept], batch.rows[kept] = record.label, record.row
         return _without(batch, len(batch.faults))
 

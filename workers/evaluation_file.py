@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from datasets.augmentation import test_views
+from datasets.augmentation import evaluation_views
 from datasets.images import decode, encode, fit
 from datasets.layout import Dataset, write_whole
 from datasets.rows import Rows
@@ -126,7 +126,7 @@ def _examples(network: Trained, work: Work, rows: NDArray[np.int64]) -> list[dic
     image, crop = network.shape
     records = Rows(work.dataset, work.split).read(rows)
     pixels = [decode(record.image, record.place, image) for record in records]
-    views = np.stack([test_views(one, crop, work.views) for one in pixels])
+    views = np.stack([evaluation_views(one, crop, work.views) for one in pixels])
     probabilities = network.classifier().probabilities(torch.from_numpy(views))
     classes, values = (found.tolist() for found in best(probabilities))
     return [

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from datasets import DataError
-from datasets.augmentation import test_views
+from datasets.augmentation import evaluation_views
 from datasets.images import ENDINGS, MAX_BYTES, Pixels, decode
 from datasets.layout import address, opened, persistent, storage
 from pipeline.evaluation import best
@@ -73,7 +73,7 @@ def _predict(network: Trained, files: list[str], crops: int) -> Iterator[dict[st
     classifier, (image, crop) = network.classifier(), network.shape
     left = iter(files)
     while some := list(islice(left, BATCH)):
-        views = [test_views(read_image(file, image), crop, crops) for file in some]  # type: ignore[arg-type]
+        views = [evaluation_views(read_image(file, image), crop, crops) for file in some]  # type: ignore[arg-type]
         probabilities = classifier.probabilities(torch.from_numpy(np.stack(views)))
         classes, values = (found.tolist() for found in best(probabilities))
         for file, numbers, chances in zip(some, classes, values, strict=True):
