@@ -15,6 +15,7 @@ from datasets.images import ENDINGS, MAX_BYTES, Pixels, decode
 from datasets.layout import address, opened, persistent, storage
 from pipeline.evaluation import best
 from workers.config import UserError
+from workers.sweep import check_crops
 from workers.trained import Trained, open_trained
 
 BATCH = 32  # images that are computed together
@@ -30,16 +31,23 @@ def predict(
     1, the centre, or 10. Raises UserError for a run without checkpoint or whose data is not known,
     and for a folder without images, before the first image; DataError for a file that is no image.
     """
-    if crops not in (1, 10):
-        raise UserError(f"crops is {crops}: 1, the centre, or 10")
+    network = open_known(run, step, crops)
+    found = [file for place in images for file in image_files(place)]
+    return _predict(network, found, crops)
+
+
+def open_known(run: str, step: int | None, crops: int) -> Trained:
+    """The network of a run, which knows its classes and statistics. Raises UserError if it does
+    not, or for another number of crops than 1 and 10.
+    """
+    check_crops(crops)
     network = open_trained(run, step)
     if not network.classes or not network.statistics:
         raise UserError(
             f"{run} does not know the classes and the mean of its training images; "
             "`towers evaluate RUN --data SHARDS` finds and keeps them"
         )
-    found = [file for place in images for file in image_files(place)]
-    return _predict(network, found, crops)
+    return network
 
 
 def image_files(place: str) -> list[str]:
