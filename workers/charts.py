@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
+from statistics import fmean
 
 WIDTH, PLOT = 470, 164  # of a chart and of what is inside its axes, in pixels
 LEFT, RIGHT, TOP, ROW = 66, 20, 10, 14  # margins, and the height of a row of labels
@@ -16,6 +17,8 @@ SPACINGS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 1440
 """Seconds between two marks of time; longer ones are whole days."""
 
 DAY = 86400
+
+Place = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,13 @@ def chart(
                 for p in finite
             ]
         elif finite:
-            placed = thin([(x(p.seconds), y(p.value)) for p in finite])
+            line, band = thin([(x(p.seconds), y(p.value)) for p in finite])
             if whole:  # what was counted stayed so until the next count
-                corners = [(b, a) for (_, a), (b, _) in pairwise(placed)]
-                placed = [p for pair in zip_longest(placed, corners) for p in pair if p]
-            line = " ".join(f"{a:.1f},{b:.1f}" for a, b in placed)
-            drawn.append(f'<polyline points="{line}" stroke="{colour(curve.run)}"/>')
+                corners = [(b, a) for (_, a), (b, _) in pairwise(line)]
+                line = [p for pair in zip_longest(line, corners) for p in pair if p]
+            if band:
+                drawn.append(f'<polygon points="{_places(band)}" fill="{colour(curve.run)}"/>')
+            drawn.append(f'<polyline points="{_places(line)}" stroke="{colour(curve.run)}"/>')
     return (
         f'<figure><b>{title}</b><br><svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
         f'role="img" aria-label="{title}">{"".join(drawn)}</svg></figure>'
@@ -130,16 +134,22 @@ def time_ticks(end: float) -> tuple[str, int, list[float]]:
     return unit, seconds, [float(spacing * k) for k in range(int(end / spacing) + 1)]
 
 
-def thin(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The line that looks the same with two points a pixel at most: the lowest and the highest."""
-    columns: dict[int, list[tuple[float, float]]] = {}
+def thin(line: Sequence[Place]) -> tuple[list[Place], list[Place]]:
+    """A line with a point a pixel at most, the mean there, and the outline of the band from the
+    lowest to the highest, [] if the line is all that there is.
+    """
+    columns: dict[int, list[Place]] = {}
     for place in line:
         columns.setdefault(round(place[0]), []).append(place)
-    kept = []
+    if len(columns) == len(line):
+        return list(line), []
+    means, low, high = [], [], []
     for places in columns.values():
-        ends = {places.index(pick(places, key=lambda p: p[1])) for pick in (min, max)}
-        kept += [places[n] for n in sorted(ends)]
-    return kept
+        x, y = (fmean(values) for values in zip(*places, strict=True))
+        means.append((x, y))
+        low.append((x, min(y for _, y in places)))
+        high.append((x, max(y for _, y in places)))
+    return means, [*low, *reversed(high)]
 
 
 def _across(ticks: Sequence[float], sign: str) -> Iterator[str]:
@@ -172,6 +182,10 @@ def _below(axis: Axis, x: Callable[[float], float]) -> Iterator[str]:
             step = steps[passed - 1][1] if passed else 0
             if passed < len(times) or times[-1:] == [tick]:  # it was training then
                 yield _text(x(tick), low + 2 + ROW * (run + 1), f"{step:,}", "middle", style)
+
+
+def _places(line: Sequence[Place]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", style: str = "") -> str:

@@ -26,7 +26,7 @@ from workers.data import classes_of, keep, known_statistics, measured, training_
 from workers.evaluation_file import write_evaluation
 from workers.progress import Progress
 from workers.spread import only_here
-from workers.sweep import OnError, Part, Work, check_crops, pick_split, sweep, usable_gpus
+from workers.sweep import OnError, Part, Work, checked_views, pick_split, sweep, usable_gpus
 from workers.trained import Trained, open_trained
 
 
@@ -58,7 +58,7 @@ def evaluate(
     were lost.
     """
     progress = progress or Progress()
-    check_crops(crops)
+    views = checked_views(crops)
     networks = [open_trained(run, step) for run in runs]
     if weights is not None:
         try:
@@ -75,7 +75,7 @@ def evaluate(
         work = Work(
             dataset,
             split,
-            crops,  # type: ignore[arg-type]
+            views,
             on_error,
             tuple(complete(network, dataset, progress) for network in networks),
             tuple(weights) if weights is not None else None,

@@ -22,7 +22,7 @@ from workers.output import check_output, write_output
 from workers.predict import open_known
 from workers.progress import Progress
 from workers.spread import only_here
-from workers.sweep import OnError, Part, Work, pick_split, sweep, usable_gpus
+from workers.sweep import OnError, Part, Work, checked_views, pick_split, sweep, usable_gpus
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ def predict_rows(
     mend, RunFailed if rows were lost.
     """
     progress = progress or Progress()
-    network = open_known(run, step, crops)
+    views, network = checked_views(crops), open_known(run, step)
     dataset = open_dataset(data)
     split = pick_split(dataset, split)
     check_output(output)
     here = only_here(dataset.root)
     with nullcontext() if here else connected():
         gpus = usable_gpus(dataset, [network])
-        work = Work(dataset, split, crops, on_error, (network,), None, here, gpus)  # type: ignore[arg-type]
+        work = Work(dataset, split, views, on_error, (network,), None, here, gpus)
         found, skipped = sweep(_predict, work, "predicted", workers, progress)
     assert network.classes
     table = _table(found, network.classes.names)

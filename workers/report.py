@@ -9,6 +9,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import fsspec
@@ -43,7 +44,8 @@ figure { margin: 0; max-width: 100%; }
 figcaption, .soft, td.soft { color: var(--soft); font-size: 13px; }
 svg { max-width: 100%; overflow: visible; } svg text { fill: var(--soft); font-size: 11px; }
 svg .grid { stroke: var(--line); }
-svg polyline { fill: none; stroke-width: 1.6; }
+svg polyline { fill: none; stroke-width: 1.6; } svg polygon { opacity: .25; }
+svg circle { stroke: var(--paper); }
 table { border-collapse: collapse; } td, th { padding: 2px 10px 2px 0; text-align: left; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .cells td { padding: 2px 5px; text-align: right; font-size: 12px; min-width: 24px; }
@@ -82,7 +84,7 @@ class Told:
     events: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
 
-    @property
+    @cached_property
     def start(self) -> float:
         """When it began."""
         return min((line["time"] for line in [*self.events, *self.metrics]), default=0.0)
@@ -150,7 +152,10 @@ def _legend(told: Sequence[Told]) -> str:
         f'<span style="color:{colour(n)}">&#9632;</span> {html.escape(one.run)} &nbsp; '
         for n, one in enumerate(told)
     )
-    text = "Lines are training, dots validation; a dashed line is a restart."
+    text = (
+        "Lines are training (where reports are many their mean, in a band from the least to the "
+        "greatest), dots validation; a dashed line is a restart."
+    )
     return f'<p>{"".join(names)}<br><span class="soft">{text}</span></p>'
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,10 +71,11 @@ def usable_gpus(dataset: Dataset, networks: Sequence[Trained]) -> int:
     return sum(int(node.get("GPU", 0)) for node in cluster_nodes())
 
 
-def check_crops(crops: int) -> None:
-    """Raises UserError for another number of crops than 1 and 10."""
+def checked_views(crops: int) -> Views:
+    """The number of crops of each image. Raises UserError unless it is 1 or 10."""
     if crops not in (1, 10):
         raise UserError(f"crops is {crops}: 1, the centre, or 10")
+    return cast(Views, crops)
 
 
 def pick_split(dataset: Dataset, split: str) -> str:

@@ -30,6 +30,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @contextmanager
 def small_ray() -> Iterator[None]:
+    if ray.is_initialized():  # as a test's module has asked for it first
+        yield
+        return
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
