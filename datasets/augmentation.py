@@ -99,7 +99,7 @@ def ten_crops(pixels: Pixels, crop: int) -> Pixels:
     return np.stack([*five, *(view[:, ::-1] for view in five)])
 
 
-def test_views(pixels: Pixels, crop: int, views: Literal[1, 10]) -> Pixels:
+def evaluation_views(pixels: Pixels, crop: int, views: Literal[1, 10]) -> Pixels:
     """What is seen of an image in evaluation: uint8 [1, crop, crop, 3], its centre, or
     [10, crop, crop, 3], `ten_crops`. Raises ValueError if the image is smaller.
     """
@@ -137,7 +137,7 @@ class Loader:
     """Rows to batches. `colour` is `Statistics.colour()`, None for no colour shifts.
 
     A bad row raises DataError, or with `on_error="skip"` is left out of the batch and named in
-    it. Raises ValueError for another `on_error`.
+    it. Unless rows have to be `labelled`, labels are -1. Raises ValueError for another `on_error`.
     """
 
     def __init__(
@@ -149,6 +149,7 @@ class Loader:
         *,
         seed: int,
         on_error: Literal["fail", "skip"] = "fail",
+        labelled: bool = True,
     ) -> None:
         if on_error not in ("fail", "skip"):
             raise ValueError(f"on_error is {on_error!r}: fail or skip")
@@ -159,7 +160,7 @@ class Loader:
             )
         self.aug, self.seed, self.on_error = aug, seed, on_error
         self.colour = colour if aug.colour else None
-        self._source = Rows(dataset, split)
+        self._source = Rows(dataset, split, labelled=labelled)
 
     def load(self, rows: NDArray[np.int64], epoch: int, train: bool) -> Batch:
         """The samples of `rows` (int64 [n], within the split): augmented for training in `epoch`,
@@ -168,7 +169,7 @@ class Loader:
         Raises DataError, naming file and row, unless bad rows are skipped.
         """
         batch = self._empty(len(rows))
-        for kept, (record, pixels) in enumerate(self._images(rows, batch.faults)):
+        for kept, (record, pixels) in enumerate(self.images(rows, batch.faults)):
             if train:
                 rng = generator(self.seed, epoch, record.row)
                 batch.crops[kept] = train_crop(pixels, self.aug, rng)
@@ -184,15 +185,15 @@ class Loader:
         each, `crops` uint8 [n, views, crop, crop, 3]. Raises DataError as `load` does.
         """
         batch = self._empty(len(rows), views)
-        for kept, (record, pixels) in enumerate(self._images(rows, batch.faults)):
-            batch.crops[kept] = test_views(pixels, self.aug.crop, views)
+        for kept, (record, pixels) in enumerate(self.images(rows, batch.faults)):
+            batch.crops[kept] = evaluation_views(pixels, self.aug.crop, views)
             batch.labels[kept], batch.rows[kept] = record.label, record.row
         return _without(batch, len(batch.faults))
 
-    def _images(
-        self, rows: NDArray[np.int64], faults: list[str]
-    ) -> Iterator[tuple[Record, Pixels]]:
-        """The rows and their pixels; bad ones raise, or are left out and told in `faults`."""
+    def images(self, rows: NDArray[np.int64], faults: list[str]) -> Iterator[tuple[Record, Pixels]]:
+        """The rows numbered `rows` and their pixels, uint8 [size, size, 3], in that order; bad ones
+        raise DataError, or are left out and told in `faults`.
+        """
         skip = self.on_error == "skip"
         for record in self._source.read(rows, faults if skip else None):
             try:

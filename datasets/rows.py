@@ -15,12 +15,15 @@ from datasets.layout import Dataset, parquet, persistent
 
 @dataclass(frozen=True)
 class Record:
-    """One row: the encoded image, its label, where it stands (for messages) and its number."""
+    """One row: the encoded image, its label, where it stands (for messages), its number, and the
+    name that the image came with, if any.
+    """
 
     image: bytes
     label: int
     place: str
     row: int
+    path: str | None
 
 
 class BadRow(DataError):
@@ -40,13 +43,15 @@ class _Group:
 class Rows:
     """Reads any rows of one split, and keeps the row groups that were used last.
 
-    `cache_groups` row groups at most, of `cache_bytes` bytes together, are kept (always the last).
+    Unless they have to be `labelled`, labels are not read, and are -1. `cache_groups` row groups at
+    most, of `cache_bytes` bytes together, are kept (always the last).
     """
 
     dataset: Dataset
     split: str
     cache_groups: int = 1024
     cache_bytes: int = 256 << 20
+    labelled: bool = True
     _cache: OrderedDict[int, _Group] = field(default_factory=OrderedDict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -84,7 +89,7 @@ class Rows:
         shard = self._shards[shard_number]
         at = row - (int(self._ends[number - 1]) if number else 0)
         place = f"{shard.name} row {sum(shard.groups[:index]) + at}"
-        image, label, path = group.images[at].as_py(), group.labels[at].as_py(), None
+        image, path = group.images[at].as_py(), None
         if isinstance(image, dict):
             image, path = image["bytes"], image.get("path")
         if not image and path:
@@ -94,11 +99,13 @@ class Rows:
             )
         if not image:
             raise BadRow(f"{place}: {self.dataset.image!r} is empty; remove the row")
-        classes = len(self.dataset.classes)
+        if group.labels is None:
+            return Record(image, -1, place, row, path)
+        label, classes = group.labels[at].as_py(), len(self.dataset.classes)
         if label is None or not 0 <= label < classes:
             what = "is empty" if label is None else f"is {label}, outside 0 to {classes - 1}"
             raise BadRow(f"{place}: {self.dataset.label!r} {what}; correct or remove the row")
-        return Record(image, int(label), place, row)
+        return Record(image, int(label), place, row, path)
 
     def _locate(self, number: int) -> tuple[int, int]:
         """The shard of a row group, and the group's index there."""
@@ -111,7 +118,7 @@ class Rows:
             return self._cache[number]
         shard_number, index = self._locate(number)
         shard = self._shards[shard_number]
-        columns = [self.dataset.image, self.dataset.label]
+        columns = [self.dataset.image, *([self.dataset.label] if self.labelled else [])]
 
         def read() -> Any:
             with parquet(shard.path, self._footers.get(shard_number)) as file:
@@ -119,13 +126,13 @@ class Rows:
                 return file.read_row_group(index, columns=columns)
 
         table = persistent(shard.path, read)
-        images, labels = (table.column(name).combine_chunks() for name in columns)
+        images, *labels = (table.column(name).combine_chunks() for name in columns)
         if len(table) != shard.groups[index]:
             raise DataError(
                 f"{shard.path}: row group {index} has {len(table)} rows and had "
                 f"{shard.groups[index]}; the file changed: start again"
             )
-        self._cache[number] = group = _Group(images, labels, table.nbytes)
+        self._cache[number] = group = _Group(images, labels[0] if labels else None, table.nbytes)
         while len(self._cache) > 1 and (
             len(self._cache) > self.cache_groups
             or sum(kept.bytes for kept in self._cache.values()) > self.cache_bytes

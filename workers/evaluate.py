@@ -6,12 +6,11 @@ are exact, so that the result does not depend on how many workers there were.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,33 +19,22 @@ from numpy.typing import NDArray
 from datasets.augmentation import Augmentation, Batch, Loader
 from datasets.layout import Dataset
 from datasets.shards import open_dataset
-from pipeline import host
 from pipeline.evaluation import Verdicts, average, judge
 from workers.cluster import connected
 from workers.config import UserError
 from workers.data import classes_of, keep, known_statistics, measured, training_data
-from workers.errors import RunFailed
-from workers.evaluation_file import Work, write_evaluation
-from workers.placement import cluster_nodes
+from workers.evaluation_file import write_evaluation
 from workers.progress import Progress
-from workers.spread import only_here, spread
+from workers.spread import only_here
+from workers.sweep import OnError, Part, Work, checked_views, pick_split, sweep, usable_gpus
 from workers.trained import Trained, open_trained
-
-BATCH = 64  # images that are computed together
-ITEM = 256  # rows that a worker takes at once, at least: whole row groups
-SHOWN = 20  # faults that are printed
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of some rows (int64 [n]): the verdicts of each network and, of several, those of
-    their average; how many rows were `skipped`, and their `faults`.
-    """
+class Outcome(Part):
+    """What became of some rows: the verdicts of each network and, of several, of their average."""
 
-    rows: NDArray[np.int64]
     verdicts: list[Verdicts]
-    skipped: int
-    faults: list[str]
 
 
 def evaluate(
@@ -57,7 +45,7 @@ def evaluate(
     crops: int = 1,
     step: int | None = None,
     weights: Sequence[float] | None = None,
-    on_error: Literal["fail", "skip"] = "fail",
+    on_error: OnError = "fail",
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -70,8 +58,7 @@ def evaluate(
     were lost.
     """
     progress = progress or Progress()
-    if crops not in (1, 10):
-        raise UserError(f"crops is {crops}: 1, the centre, or 10")
+    views = checked_views(crops)
     networks = [open_trained(run, step) for run in runs]
     if weights is not None:
         try:
@@ -80,26 +67,24 @@ def evaluate(
             raise UserError(str(error)) from None
     config = networks[0].config
     dataset = open_dataset(data or config.shards or f"{runs[0]}/shards")
-    split = split or dataset.held_out or ""
-    if not split:
-        raise UserError(f"{dataset.root}: no val or test split; --split train evaluates on train")
-    total = dataset.rows(split)
+    split = pick_split(dataset, split)
     for network in networks:
         check_classes_fit(network, dataset)
     here = only_here(dataset.root)
     with nullcontext() if here else connected():
-        gpus = 0 if here else _gpus(networks)
         work = Work(
             dataset,
             split,
-            crops,  # type: ignore[arg-type]
+            views,
             on_error,
             tuple(complete(network, dataset, progress) for network in networks),
             tuple(weights) if weights is not None else None,
-            "cuda" if gpus else "cpu",
-            None if here else 1,
+            here,
+            usable_gpus(dataset, networks),
         )
-        rows, verdicts, skipped = _gather(work, total, workers, progress, here, gpus)
+        found, skipped = sweep(_evaluate, work, "evaluated", workers, progress)
+    rows = np.concatenate([outcome.rows for outcome in found])
+    verdicts = [_joined(of_one) for of_one in zip(*(o.verdicts for o in found), strict=True)]
     return write_evaluation(work, rows, verdicts, skipped, progress)
 
 
@@ -142,77 +127,28 @@ def check_classes_fit(network: Trained, dataset: Dataset) -> None:
             )
 
 
-def _gpus(networks: Sequence[Trained]) -> int:
-    """GPUs to use: the cluster's, unless a run says otherwise."""
-    if any(network.config.device == "cpu" for network in networks):
-        return 0
-    return sum(int(node.get("GPU", 0)) for node in cluster_nodes())
+def _joined(parts: Sequence[Verdicts]) -> Verdicts:
+    names = (field.name for field in fields(Verdicts))
+    return Verdicts(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
-def _gather(
-    work: Work, total: int, workers: int | None, progress: Progress, here: bool, gpus: int
-) -> tuple[NDArray[np.int64], list[Verdicts], int]:
-    """The rows that were evaluated, in order, their verdicts, and how many rows were skipped."""
-    found: list[Outcome] = []
-    done, start, skipped, shown = 0, time.monotonic(), 0, 0
-    items = row_ranges(work.dataset.groups(work.split))
-    for _, outcome in spread(_evaluate, work, items, workers=workers, here=here, gpus=gpus):
-        found.append(outcome)
-        for fault in outcome.faults[: SHOWN - shown]:
-            progress.say(f"skipped: {fault}")
-            shown += 1
-        skipped += outcome.skipped
-        done += len(outcome.rows) + outcome.skipped
-        progress.done("evaluated", done, total, start)
-    rows = np.concatenate([outcome.rows for outcome in found])
-    order = np.argsort(rows)
-    if len(rows) != len(np.unique(rows)) or len(rows) + skipped != total:
-        raise RunFailed(f"{len(rows)} rows were evaluated and {skipped} skipped, of {total}")
-    if not len(rows):
-        raise UserError(f"{work.dataset.root}: {work.split} has no row that could be evaluated")
-    joined = []
-    for parts in zip(*(outcome.verdicts for outcome in found), strict=True):
-        columns = [torch.cat([getattr(part, name) for part in parts])[order] for name in _COLUMNS]
-        joined.append(Verdicts(*columns))
-    return rows[order], joined, skipped
-
-
-_COLUMNS = ("labels", "predicted", "ranks", "losses")
-
-
-def row_ranges(groups: Sequence[int]) -> list[range]:
-    """Ranges of rows, in whole row groups of `ITEM` rows together or more."""
-    least = max(ITEM, sum(groups) // 4096)
-    ranges, start, stop = [], 0, 0
-    for size in groups:
-        stop += size
-        if stop - start >= least:
-            ranges.append(range(start, stop))
-            start = stop
-    return [*ranges, range(start, stop)] if stop > start else ranges
-
-
-def _evaluate(work: Work, rows: range) -> Iterator[Outcome]:
-    """The outcomes of a range of rows, a batch at a time."""
-    if work.threads:
-        host.prepare(work.threads)
+def _evaluate(work: Work, batches: list[NDArray[np.int64]]) -> Iterator[Outcome]:
     classifiers = [network.classifier(work.device) for network in work.networks]
     shapes = [network.shape for network in work.networks]
     loaders = {shape: _loader(work, *shape) for shape in shapes}
-    for start in range(rows.start, rows.stop, BATCH):
-        numbers = np.arange(start, min(start + BATCH, rows.stop))
-        batches = {shape: load.load_views(numbers, work.views) for shape, load in loaders.items()}
+    for numbers in batches:
+        loaded = {shape: load.load_views(numbers, work.views) for shape, load in loaders.items()}
         # Where bad rows are skipped, one may be bad for the greater crop alone.
-        seen = reduce(np.intersect1d, (batch.rows for batch in batches.values()))
-        crops = {shape: torch.from_numpy(_of(batch, seen)) for shape, batch in batches.items()}
+        seen = reduce(np.intersect1d, (batch.rows for batch in loaded.values()))
+        crops = {shape: torch.from_numpy(_of(batch, seen)) for shape, batch in loaded.items()}
         some = [c.probabilities(crops[s]) for c, s in zip(classifiers, shapes, strict=True)]
         if len(some) > 1:
             some.append(average(some, work.shares))
-        first = batches[shapes[0]]
+        first = loaded[shapes[0]]
         labels = torch.from_numpy(first.labels[np.isin(first.rows, seen)])
-        faults = {fault for batch in batches.values() for fault in batch.faults}
+        faults = {fault for batch in loaded.values() for fault in batch.faults}
         verdicts = [judge(p, labels) for p in some]
-        yield Outcome(seen, verdicts, len(numbers) - len(seen), sorted(faults))
+        yield Outcome(seen, len(numbers) - len(seen), sorted(faults), verdicts)
 
 
 def _of(batch: Batch, rows: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -14,33 +13,20 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from datasets.augmentation import test_views
+from datasets import DataError
+from datasets.augmentation import evaluation_views
 from datasets.images import decode, encode, fit
-from datasets.layout import Dataset, write_whole
+from datasets.layout import write_whole
 from datasets.rows import Rows
 from pipeline.evaluation import Verdicts, best
 from workers.progress import Progress
+from workers.sweep import Work
 from workers.trained import Trained
 
 EVALUATION = "evaluation.json"
 EXAMPLES = 8  # images from all over the split, and as many of the worst mistakes
 THUMBNAIL = 128  # pixels
-
-Views = Literal[1, 10]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every worker knows. `shares`: the networks' weights in the average, if not equal."""
-
-    dataset: Dataset
-    split: str
-    views: Views
-    on_error: Literal["fail", "skip"]
-    networks: tuple[Trained, ...]
-    shares: tuple[float, ...] | None
-    device: str
-    threads: int | None
+DETAILS = ("classes", "confusion", "examples", "mistakes")
 
 
 def write_evaluation(
@@ -82,11 +68,20 @@ def write_evaluation(
 
 
 def read_evaluation(run: str) -> dict[str, Any] | None:
-    """What `write_evaluation` kept last in a run; None if nothing."""
+    """What `write_evaluation` kept last in a run; None if nothing.
+
+    Raises DataError if it is something else.
+    """
     fs, path = fsspec.core.url_to_fs(run)
     if not fs.exists(f"{path}/{EVALUATION}"):
         return None
-    kept: dict[str, Any] = json.loads(fs.cat_file(f"{path}/{EVALUATION}"))
+    try:
+        kept: dict[str, Any] = dict(json.loads(fs.cat_file(f"{path}/{EVALUATION}")))
+    except (ValueError, TypeError):
+        kept = {}
+    if not all(isinstance(kept.get(name), list) for name in DETAILS):
+        again = "`towers evaluate` writes it anew"
+        raise DataError(f"{run}/{EVALUATION}: no evaluation, or damaged; {again}")
     return kept
 
 
@@ -126,7 +121,7 @@ def _examples(network: Trained, work: Work, rows: NDArray[np.int64]) -> list[dic
     image, crop = network.shape
     records = Rows(work.dataset, work.split).read(rows)
     pixels = [decode(record.image, record.place, image) for record in records]
-    views = np.stack([test_views(one, crop, work.views) for one in pixels])
+    views = np.stack([evaluation_views(one, crop, work.views) for one in pixels])
     probabilities = network.classifier().probabilities(torch.from_numpy(views))
     classes, values = (found.tolist() for found in best(probabilities))
     return [

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from datasets import DataError
-from datasets.augmentation import test_views
+from datasets.augmentation import evaluation_views
 from datasets.images import ENDINGS, MAX_BYTES, Pixels, decode
 from datasets.layout import address, opened, persistent, storage
 from pipeline.evaluation import best
 from workers.config import UserError
+from workers.sweep import Views, checked_views
 from workers.trained import Trained, open_trained
 
 BATCH = 32  # images that are computed together
@@ -30,16 +31,20 @@ def predict(
     1, the centre, or 10. Raises UserError for a run without checkpoint or whose data is not known,
     and for a folder without images, before the first image; DataError for a file that is no image.
     """
-    if crops not in (1, 10):
-        raise UserError(f"crops is {crops}: 1, the centre, or 10")
+    views, network = checked_views(crops), open_known(run, step)
+    found = [file for place in images for file in image_files(place)]
+    return _predict(network, found, views)
+
+
+def open_known(run: str, step: int | None) -> Trained:
+    """The network of a run. Raises UserError if its classes or statistics are not known."""
     network = open_trained(run, step)
     if not network.classes or not network.statistics:
         raise UserError(
             f"{run} does not know the classes and the mean of its training images; "
             "`towers evaluate RUN --data SHARDS` finds and keeps them"
         )
-    found = [file for place in images for file in image_files(place)]
-    return _predict(network, found, crops)
+    return network
 
 
 def image_files(place: str) -> list[str]:
@@ -68,13 +73,13 @@ def read_image(place: str, size: int) -> Pixels:
     return decode(data, place, size)
 
 
-def _predict(network: Trained, files: list[str], crops: int) -> Iterator[dict[str, Any]]:
+def _predict(network: Trained, files: list[str], views: Views) -> Iterator[dict[str, Any]]:
     assert network.classes
     classifier, (image, crop) = network.classifier(), network.shape
     left = iter(files)
     while some := list(islice(left, BATCH)):
-        views = [test_views(read_image(file, image), crop, crops) for file in some]  # type: ignore[arg-type]
-        probabilities = classifier.probabilities(torch.from_numpy(np.stack(views)))
+        seen = [evaluation_views(read_image(file, image), crop, views) for file in some]
+        probabilities = classifier.probabilities(torch.from_numpy(np.stack(seen)))
         classes, values = (found.tolist() for found in best(probabilities))
         for file, numbers, chances in zip(some, classes, values, strict=True):
             yield {

@@ -1,14 +1,23 @@
-"""A small data set that many tests train on, and one Ray for those that need no other."""
+"""A small data set that many tests use, a run of it, and one Ray for those that need no other."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import ray
+from ray._private import worker
 
 from datasets.drawn import write_drawn
+from workers.config import configure
+from workers.evaluate import evaluate
+from workers.progress import Progress
+from workers.supervisor import train
+from workers.weights import export, import_
 
 
 @pytest.fixture(scope="session")
@@ -19,11 +28,71 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+@contextmanager
+def small_ray() -> Iterator[None]:
+    if ray.is_initialized():  # as a test's module has asked for it first
+        yield
+        return
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with small_ray():
+        yield
+
+
+@pytest.fixture(scope="session")
+def trained(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `run`, six steps of two towers of which one was killed after an epoch, and
+    `other`, made of its weights of step 3; both evaluated, and their average.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+
+    class Killer(Progress):
+        killed = False
+
+        def evaluation(self, report: dict) -> None:
+            if not self.killed:
+                self.killed = True
+                kill(own_processes("ray::TowerActor")[:1])
+
+    given = {"network": "alexnet-mini", "shards": shards}
+    with small_ray():
+        more = {"batch": 64, "epochs": 2, "augmenters": "1:2", "run": f"{folder}/run"}
+        train(configure({**given, **more}), progress=Killer())
+        export(f"{folder}/run", f"{folder}/w.safetensors", 3)
+        import_(f"{folder}/w.safetensors", f"{folder}/other", given)
+        evaluate([f"{folder}/run", f"{folder}/other"], weights=[3, 1])
+    return folder
+
+
+def kill(processes: list[int]) -> None:
+    assert processes
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+
+
+def own_processes(title: str) -> list[int]:
+    """The ids of the workers of this process's own Ray that have a title, such as "ray::IDLE"."""
+    raylet = worker._global_node.all_processes["raylet"][0].process.pid
+    found = []
+    for thread in Path(f"/proc/{raylet}/task").iterdir():
+        for child in (thread / "children").read_text().split():
+            try:
+                if Path(f"/proc/{child}/cmdline").read_bytes().startswith(title.encode()):
+                    found.append(int(child))
+            except OSError:  # it ended meanwhile
+                continue
+    return sorted(found)
+
+
+@pytest.fixture(scope="session")
+def kill_own() -> Callable[[str], None]:
+    """Kills the workers of this process's own Ray that have a title; there must be one."""
+    return lambda title: kill(own_processes(title))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +14,25 @@ from datasets.drawn import draw
 from datasets.images import encode
 from datasets.shards import write_manifest, write_split
 from workers.cli import main
-from workers.config import UserError, configure
-from workers.evaluate import ITEM, evaluate, row_ranges
+from workers.config import UserError
+from workers.evaluate import evaluate
 from workers.evaluation_file import read_evaluation
-from workers.supervisor import train
+from workers.progress import Progress
+from workers.sweep import ITEM, row_ranges
 from workers.weights import export, import_
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
 
 @pytest.fixture(scope="module")
-def run(cluster: None, shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Six steps of two towers."""
-    folder = f"{tmp_path_factory.mktemp('run')}/run"
-    given = {"network": "alexnet-mini", "batch": 64, "epochs": 2, "augmenters": "1:2"}
-    train(configure({**given, "shards": shards, "run": folder}))
-    return folder
+def run(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A copy, in which these tests leave their evaluations."""
+    return shutil.copytree(trained / "run", f"{tmp_path_factory.mktemp('copy')}/run")
 
 
 @pytest.fixture(scope="module")
-def other(run: str, shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A run made of the weights of an earlier step."""
-    folder = tmp_path_factory.mktemp("other")
-    export(run, f"{folder}/w.safetensors", 3)
-    import_(
-        f"{folder}/w.safetensors", f"{folder}/run", {"network": "alexnet-mini", "shards": shards}
-    )
-    return f"{folder}/run"
+def other(trained: Path, run: str) -> str:
+    return shutil.copytree(trained / "other", f"{Path(run).parent}/other")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +68,23 @@ def test_any_number_of_workers_finds_the_same(run: str, other: str, data: str) -
     assert [line["step"] for line in results[0]["runs"]] == [6, 0]
     alone, average = results[0]["runs"][0], results[0]
     assert alone["loss"] != average["loss"]
+
+
+def test_workers_that_are_killed_change_nothing(
+    run: str, data: str, kill_own: Callable[[str], None]
+) -> None:
+    class Killer(Progress):
+        killed = False
+
+        def done(self, what: str, count: int, total: int, start: float) -> None:
+            if not self.killed and count < total:
+                self.killed = True
+                kill_own("ray::MapBatches")
+
+    progress = Killer()
+    disturbed = evaluate([run], data=data, workers=2, progress=progress)
+    assert progress.killed
+    assert disturbed == evaluate([run], data=data)
 
 
 def test_ranges_cover_every_row_once() -> None:

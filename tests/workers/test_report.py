@@ -1,4 +1,4 @@
-"""`towers report`: one page with what the run's files say, and nothing from elsewhere."""
+"""`towers report`: one page with what the files of real runs say, and nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -10,36 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from pipeline.network import build
-from pipeline.tower import Tower
 from workers.cli import main
-from workers.report import colourfulness
-from workers.weights import import_
+from workers.evaluation_file import read_evaluation
+from workers.kernels import colourfulness
 
 
-@pytest.fixture(scope="module")
-def run(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with three reports of training, an evaluation of them, and a restart."""
-    folder = tmp_path_factory.mktemp("report")
-    tower = Tower(build("alexnet-mini", 10), seed=3)
-    torch.save({name: p.detach() for name, p in tower.weights().items()}, folder / "w.pt")
-    given = {"network": "alexnet-mini", "shards": shards}
-    import_(f"{folder}/w.pt", f"{folder}/run", given)
-    lines = [
-        {"time": 60.0 * n, "split": "train", "step": n, "loss": 2.0 / n, "top1_error": 0.5 / n}
-        for n in (1, 2, 3)
-    ]
-    lines = [{**line, "images_per_second": 1234.0, "augmenters": 2} for line in lines]
-    figures = {"images": 50, "loss": 0.7, "top1_error": 0.21, "top5_error": 0.01}
-    lines.append({"time": 190.0, "split": "val", "step": 3, **figures})
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "run/metrics.jsonl").write_text(text + '{"time": 1')  # a line half written
-    event = {"time": 100.0, "event": "lost", "processes": ["x"], "restarts": 1}
-    (folder / "run/events.jsonl").write_text(json.dumps(event) + "\n")
-    return folder / "run"
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy, for a page to be written into or damage to be done."""
+    return Path(shutil.copytree(trained / "run", tmp_path / "run"))
 
 
 def test_a_page_tells_what_the_files_say(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,9 +28,42 @@ def test_a_page_tells_what_the_files_say(run: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["file"] == f"{run}/report.html"
     page = (run / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
-    for text in ("21.00%", "1 restarts", ">restart<", "Tower b", "1,234", "alexnet-mini"):
-        assert text in page, text
-    assert page.count("<polyline") == 4  # loss, error, images a second, augmenters
+    charts = page.split("<figure>")[1:8]
+    names = [re.search("<b>(.*)</b>", chart)[1] for chart in charts]  # type: ignore[index]
+    assert names[:3] == ["Loss", "Top-1 error", "Top-5 error"]
+    assert names[3:] == [
+        *("Learning rate", "Images a second", "Time waited for data", "Augmenters")
+    ]
+    labels = {tuple(re.findall(r'text-anchor="middle">([^<]*)<', chart)) for chart in charts}
+    assert len(labels) == 1  # the times and steps of one axis
+    for chart in charts:
+        assert chart.count("<title>restart: tower rank") == 1
+        assert ">seconds<" in chart
+        assert ">step<" in chart
+    assert "1 restart, 0 stalls of the fleet" in page
+    kept = read_evaluation(str(run))
+    assert kept
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    in_training = [line for line in metrics if line["split"] == "val"][-1]
+    for line in (in_training, kept, kept["average"]):
+        assert f"<td class=n>{line['loss']:.4f}<td class=n>{line['top1_error']:.2%}" in page
+    assert "2 runs averaged, val, 1 crop, weights 3, 1" in page
+    assert page.count("data:image/png") == 2  # the towers' kernels
+    assert page.count("data:image/jpeg") == len(kept["examples"]) + len(kept["mistakes"])
+    for known in kept["classes"]:
+        assert f"<tr><td>{known['title']}<td class=n>{known['images']}" in page
+    assert sum(map(int, re.findall(r'%, transparent\)">(\d+)', page))) == 50  # the confusion
+
+
+def test_two_runs_share_the_charts(trained: Path, run: Path, tmp_path: Path) -> None:
+    again, page = shutil.copytree(run, tmp_path / "deeper/run"), f"{tmp_path}/page.html"
+    assert main(["report", str(run), str(again), f"{trained}/other", "--output", page]) == 0
+    text = Path(page).read_text()
+    assert text.count("<h2>") == 3
+    assert f"<h2>{again}</h2>" in text  # of runs with one name the whole path
+    assert text.count('<circle cx="') % 6 == 0
+    assert 'stroke="var(--s1)"' in text
+    assert text.count("2 runs averaged") == 1  # which each of them keeps
 
 
 def test_colour_is_measured() -> None:
@@ -60,9 +74,44 @@ def test_colour_is_measured() -> None:
     assert colourfulness(opposed) == pytest.approx(1)
 
 
-def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.endswith("no run there\n")
+@pytest.mark.parametrize(
+    ("damaged", "text", "output", "message"),
+    [
+        ("", "", "page/missing.html", "page/missing.html cannot be written: No such file"),
+        ("", "", "run", "run is a folder; name a file in it"),
+        ("", "", "run/config.toml/x", "cannot be written: Not a directory"),
+        ("", "", "nosuch://x/page.html", "nosuch://x/page.html: Protocol not known: nosuch"),
+        ("evaluation.json", '{"classes": [', "x", "run/evaluation.json: no evaluation, or damaged"),
+        ("evaluation.json", '{"classes": 1}', "x", "`towers evaluate` writes it anew"),
+        ("events.jsonl", "{}x\n", "x", "run/events.jsonl line 1: no JSON; remove the line"),
+        ("config.toml", None, "x", "run: no run there"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(
+    damaged: str,
+    text: str | None,
+    output: str,
+    message: str,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(run.parent)
+    if damaged:
+        (run / damaged).unlink() if text is None else (run / damaged).write_text(text)
+    before = sorted(run.parent.rglob("*"))
+    assert main(["report", "run", "--output", output]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("towers: ")
+    assert error.count("\n") == 1
+    assert sorted(run.parent.rglob("*")) == before
+
+
+def test_a_line_half_written_is_left_for_later(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"time": 1')
+    assert main(["report", str(run)]) == 0
 
 
 def test_a_browser_draws_it(run: Path, tmp_path: Path) -> None:

@@ -22,14 +22,15 @@ def add(commands: Any) -> None:
         _evaluate,
     )
     evaluate.add_argument("runs", nargs="+", metavar="RUN", help="Folders or URLs of runs.")
-    _data(evaluate)
+    evaluate.add_argument(
+        "--data", metavar="SHARDS", help="Folder or URL of shards; the run's own if unset."
+    )
+    _split(evaluate)
     _network(evaluate)
     evaluate.add_argument(
         "--weights", metavar="W,W,...", help="Of each run in the average; equal if unset."
     )
-    evaluate.add_argument(
-        "--on-error", choices=("fail", "skip"), help="What becomes of an image that is bad. [fail]"
-    )
+    _on_error(evaluate)
     workers(evaluate)
 
     predict = command(
@@ -40,10 +41,18 @@ def add(commands: Any) -> None:
         _predict,
     )
     predict.add_argument("run", metavar="RUN", help="Folder or URL of the run.")
+    images = "Files, folders of images, or URLs."
+    predict.add_argument("images", nargs="*", default=[], metavar="IMAGE", help=images)
     predict.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="Files, folders of images, or URLs."
+        "--data", metavar="SHARDS", help="Every row of these shards instead, by all workers."
+    )
+    _split(predict)
+    predict.add_argument(
+        "--output", metavar="FILE.parquet", help="Where the classes of the rows of --data go."
     )
     _network(predict)
+    _on_error(predict)
+    workers(predict)
 
     report = command(
         commands,
@@ -56,11 +65,14 @@ def add(commands: Any) -> None:
     report.add_argument("--output", metavar="FILE", help="The page. [report.html in the first RUN]")
 
 
-def _data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", metavar="SHARDS", help="Folder or URL of shards; the run's own if unset."
-    )
+def _split(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", metavar="NAME", help="Split of the shards. [val, else test]")
+
+
+def _on_error(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-error", choices=("fail", "skip"), help="What becomes of an image that is bad. [fail]"
+    )
 
 
 def _network(parser: argparse.ArgumentParser) -> None:
@@ -74,12 +86,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from workers.evaluate import evaluate
     from workers.progress import table
 
-    given = {
-        name: value
-        for name, value in vars(args).items()
-        if name in ("split", "crops", "step", "on_error")
-    }
-    given["workers"] = count(getattr(args, "workers", None))
+    given = _given(args)
     if data := getattr(args, "data", ""):
         given["data"] = locate(data)
     if text := getattr(args, "weights", ""):
@@ -90,15 +97,20 @@ def _evaluate(args: argparse.Namespace) -> int:
     rows = [_figures(f"{line['run']} step {line['step']}", line) for line in result["runs"]]
     if len(rows) > 1:
         rows.append(_figures("averaged", result))
-    skipped = f"\n{result['skipped']} bad images were skipped" if result["skipped"] else ""
-    return show(args, table(rows, heads) + skipped, result)
+    return show(args, table(rows, heads) + _skipped(result), result)
 
 
 def _predict(args: argparse.Namespace) -> int:
     from workers.predict import predict
 
-    given = {name: value for name, value in vars(args).items() if name in ("crops", "step")}
-    run, found = locate(args.run), []
+    run, given, found = locate(args.run), _given(args), []
+    if data := getattr(args, "data", ""):
+        return _predict_rows(args, run, data, given)
+    if not args.images:
+        raise UserError("no image to predict: name files, folders or URLs, or shards by --data")
+    for name in ("split", "output", "on_error", "workers"):
+        if hasattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} has no effect without --data")
     bar = BAR if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
     bar = bar if sys.stdout.isatty() else ""
     for line in predict(run, args.images, **given):
@@ -107,6 +119,30 @@ def _predict(args: argparse.Namespace) -> int:
     if getattr(args, "json", False):
         print(json.dumps({"run": run, "crops": given.get("crops", 1), "images": found}))
     return 0
+
+
+def _predict_rows(args: argparse.Namespace, run: str, data: str, given: dict[str, Any]) -> int:
+    from workers.prediction_file import predict_rows
+
+    if args.images:
+        raise UserError(f"{args.images[0]}: name images or --data, not both")
+    if not (output := getattr(args, "output", "")):
+        raise UserError("--data needs --output FILE.parquet, where its rows' classes go")
+    result = predict_rows(run, locate(data), locate(output), **given)
+    text = f"{result['file']}: {result['rows']} rows of {result['split']}"
+    return show(args, text + _skipped(result), result)
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that were said, as arguments of the functions that do the work."""
+    names = ("split", "crops", "step", "on_error", "workers")
+    found = {name: value for name, value in vars(args).items() if name in names}
+    count(found.get("workers"))
+    return found
+
+
+def _skipped(result: dict[str, Any]) -> str:
+    return f"\n{result['skipped']} bad images were skipped" if result["skipped"] else ""
 
 
 def _report(args: argparse.Namespace) -> int:

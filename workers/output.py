@@ -1,0 +1,37 @@
+"""Files that a command leaves where its user said."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from datasets.layout import storage, write_whole
+from workers.config import UserError
+
+
+def check_output(url: str) -> None:
+    """Raises UserError if no file can be written to a path or URL: before the work, not after."""
+    fs, path = storage(url)
+    with _said(url):
+        if fs.isdir(path):
+            raise UserError(f"{url} is a folder; name a file in it")
+        probe = f"{path}.{uuid.uuid4().hex}.partial"
+        fs.pipe_file(probe, b"")
+        fs.rm_file(probe)
+
+
+def write_output(url: str, data: bytes) -> None:
+    """Writes a file, complete or not at all. Raises UserError if it cannot be."""
+    check_output(url)
+    fs, path = storage(url)
+    with _said(url):
+        write_whole(fs, path, data)
+
+
+@contextmanager
+def _said(url: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{url} cannot be written: {error.strerror or error}") from None

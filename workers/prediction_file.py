@@ -1,0 +1,121 @@
+"""`towers predict --data`: the likeliest classes of every row of a split, in one Parquet file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from datasets.augmentation import Augmentation, Loader, evaluation_views
+from datasets.shards import open_dataset
+from pipeline.evaluation import best
+from workers.cluster import connected
+from workers.output import check_output, write_output
+from workers.predict import open_known
+from workers.progress import Progress
+from workers.spread import only_here
+from workers.sweep import OnError, Part, Work, checked_views, pick_split, sweep, usable_gpus
+
+
+@dataclass(frozen=True)
+class Seen(Part):
+    """What a network sees in n rows: their `paths`, and the likeliest `classes` (int64) with their
+    `probabilities` (float64), each [n, 5 at most], falling.
+    """
+
+    paths: list[str | None]
+    classes: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+
+
+def predict_rows(
+    run: str,
+    data: str,
+    output: str,
+    *,
+    split: str = "",
+    crops: int = 1,
+    step: int | None = None,
+    on_error: OnError = "fail",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Writes what a run's network sees in every row of the shards `data`, labelled or not, to the
+    Parquet file `output`, complete or not at all.
+
+    A row there has `row`, its number in the split (int64); `path`, the name that the image came
+    with (string); `classes`, the names of the five likeliest, falling (list of string); and their
+    `probabilities` (list of double). `split`: val, or test if there is no val, if unset. Returns
+    the keys of `towers predict --data --json`. Raises UserError and DataError for what the user can
+    mend, RunFailed if rows were lost.
+    """
+    progress = progress or Progress()
+    views, network = checked_views(crops), open_known(run, step)
+    dataset = open_dataset(data)
+    split = pick_split(dataset, split)
+    check_output(output)
+    here = only_here(dataset.root)
+    with nullcontext() if here else connected():
+        gpus = usable_gpus(dataset, [network])
+        work = Work(dataset, split, views, on_error, (network,), None, here, gpus)
+        found, skipped = sweep(_predict, work, "predicted", workers, progress)
+    assert network.classes
+    table = _table(found, network.classes.names)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    write_output(output, buffer.getvalue())
+    return {
+        "run": run,
+        "step": network.step,
+        "data": dataset.root,
+        "split": split,
+        "crops": crops,
+        "rows": len(table),
+        "skipped": skipped,
+        "file": output,
+    }
+
+
+def _predict(work: Work, batches: list[NDArray[np.int64]]) -> Iterator[Seen]:
+    (network,) = work.networks
+    classifier, (image, crop) = network.classifier(work.device), network.shape
+    aug = Augmentation(image, crop)
+    loader = Loader(
+        work.dataset, work.split, aug, None, seed=0, on_error=work.on_error, labelled=False
+    )
+    for numbers in batches:
+        faults: list[str] = []
+        rows, paths, views = [], [], []
+        for record, pixels in loader.images(numbers, faults):
+            rows.append(record.row)
+            paths.append(record.path)
+            views.append(evaluation_views(pixels, crop, work.views))
+        if not rows:
+            none = np.empty((0, 0))
+            yield Seen(numbers[:0], len(faults), faults, [], none.astype(np.int64), none)
+            continue
+        classes, chances = best(classifier.probabilities(torch.from_numpy(np.stack(views))))
+        kept = np.array(rows, np.int64)
+        yield Seen(kept, len(faults), faults, paths, classes.numpy(), chances.numpy())
+
+
+def _table(found: list[Seen], names: tuple[str, ...]) -> pa.Table:
+    classes = np.concatenate([part.classes for part in found])
+    chances = np.concatenate([part.probabilities for part in found])
+    ends = pa.array(np.arange(len(classes) + 1, dtype=np.int32) * classes.shape[1])
+    return pa.table(
+        {
+            "row": np.concatenate([part.rows for part in found]),
+            "path": pa.array([path for part in found for path in part.paths], pa.string()),
+            "classes": pa.ListArray.from_arrays(ends, pa.array(names).take(classes.ravel())),
+            "probabilities": pa.ListArray.from_arrays(ends, chances.ravel()),
+        }
+    )

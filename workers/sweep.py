@@ -1,0 +1,145 @@
+"""Every row of a split once, by as many workers as the cluster has, each with the whole networks.
+
+What is worked on together is cut by the data alone, so that the result does not depend on how many
+workers there were.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets.layout import Dataset
+from pipeline import host
+from workers.config import UserError
+from workers.errors import RunFailed
+from workers.placement import cluster_nodes
+from workers.progress import Progress
+from workers.spread import only_here, spread
+from workers.trained import Trained
+
+BATCH = 64  # images that are computed together
+ITEM = 256  # rows that a worker takes at once, at least: whole row groups
+SHOWN = 20  # faults that are printed
+
+Views = Literal[1, 10]
+OnError = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every worker knows. `shares`: the networks' weights in their average, if not equal;
+    `here`: all is done in this process; `gpus`: of the cluster, that are used.
+    """
+
+    dataset: Dataset
+    split: str
+    views: Views
+    on_error: OnError
+    networks: tuple[Trained, ...]
+    shares: tuple[float, ...] | None
+    here: bool
+    gpus: int
+
+    @property
+    def device(self) -> str:
+        """On which a worker computes."""
+        return "cuda" if self.gpus else "cpu"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows (int64 [n]) that were worked on, how many beside them were `skipped`, and why."""
+
+    rows: NDArray[np.int64]
+    skipped: int
+    faults: list[str]
+
+
+P = TypeVar("P", bound=Part)
+
+
+def usable_gpus(dataset: Dataset, networks: Sequence[Trained]) -> int:
+    """GPUs to use: the cluster's, unless a run says otherwise or the data is in this process."""
+    if only_here(dataset.root) or any(network.config.device == "cpu" for network in networks):
+        return 0
+    return sum(int(node.get("GPU", 0)) for node in cluster_nodes())
+
+
+def checked_views(crops: int) -> Views:
+    """The number of crops of each image. Raises UserError unless it is 1 or 10."""
+    if crops not in (1, 10):
+        raise UserError(f"crops is {crops}: 1, the centre, or 10")
+    return cast(Views, crops)
+
+
+def pick_split(dataset: Dataset, split: str) -> str:
+    """`split`, or the one that is held out if unset. Raises UserError if none is, and DataError if
+    there is no such split.
+    """
+    if not (split := split or dataset.held_out or ""):
+        raise UserError(f"{dataset.root}: no val or test split; --split train takes train")
+    dataset.shards(split)
+    return split
+
+
+def sweep(
+    function: Callable[[Work, list[NDArray[np.int64]]], Iterator[P]],
+    work: Work,
+    what: str,
+    workers: int | None,
+    progress: Progress,
+) -> tuple[list[P], int]:
+    """What `function(work, batches)` yields for each batch of rows, in the order of the rows, and
+    how many rows were skipped.
+
+    `what`: what has been done with the rows, for progress. Raises RunFailed unless each was dealt
+    with once, UserError if all were skipped.
+    """
+    total = work.dataset.rows(work.split)
+    items = row_ranges(work.dataset.groups(work.split))
+    found: list[P] = []
+    done, start, skipped, shown = 0, time.monotonic(), 0, 0
+    for _, part in spread(
+        _batches, (function, work), items, workers=workers, here=work.here, gpus=work.gpus
+    ):
+        found.append(part)
+        for fault in part.faults[: SHOWN - shown]:
+            progress.say(f"skipped: {fault}")
+            shown += 1
+        skipped += part.skipped
+        done += len(part.rows) + part.skipped
+        progress.done(what, done, total, start)
+    found = sorted((part for part in found if len(part.rows)), key=lambda part: int(part.rows[0]))
+    if not found:
+        raise UserError(f"{work.dataset.root}: {work.split} has no row that can be used")
+    rows = np.concatenate([part.rows for part in found])
+    if (np.diff(rows) <= 0).any() or len(rows) + skipped != total:
+        raise RunFailed(f"{len(rows)} rows were {what} and {skipped} skipped, of {total}")
+    return found, skipped
+
+
+def row_ranges(groups: Sequence[int]) -> list[range]:
+    """Ranges of rows, in whole row groups of `ITEM` rows together or more."""
+    least = max(ITEM, sum(groups) // 4096)
+    ranges, start, stop = [], 0, 0
+    for size in groups:
+        stop += size
+        if stop - start >= least:
+            ranges.append(range(start, stop))
+            start = stop
+    return [*ranges, range(start, stop)] if stop > start else ranges
+
+
+def _batches(shared: tuple[Callable[..., Iterator[P]], Work], rows: range) -> Iterator[P]:
+    """The parts of a range of rows, a batch at a time."""
+    function, work = shared
+    if not work.here:
+        host.prepare(1)
+    numbers = np.arange(rows.start, rows.stop)
+    yield from function(work, [numbers[n : n + BATCH] for n in range(0, len(numbers), BATCH)])
