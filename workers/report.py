@@ -39,7 +39,7 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; font-weight: 600; } h2 { margin-top: 2.2rem; }
-.charts { display: flex; flex-wrap: wrap; gap: 1.2rem 1rem; margin-top: 1.2rem; }
+.charts { display: flex; flex-wrap: wrap; gap: 1.2rem 0.4rem; margin-top: 1.2rem; }
 figure { margin: 0; max-width: 100%; }
 figcaption, .soft, td.soft { color: var(--soft); font-size: 13px; }
 svg { max-width: 100%; overflow: visible; } svg text { fill: var(--soft); font-size: 11px; }
