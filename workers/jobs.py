@@ -21,6 +21,7 @@ from workers.errors import RunFailed
 
 # What a job does not need, beside what .gitignore names.
 EXCLUDES = [".git", ".venv", "runs", "shards", "data", "**/__pycache__", "**/.*_cache"]
+STOP_SECONDS = 120  # that a job has to end by itself, with a checkpoint; Ray's own default is 3
 PATIENCE = 300.0  # seconds without a cluster before a log is given up
 DROPPED = (OSError, requests.RequestException, aiohttp.ClientError)  # of a connection
 
@@ -59,9 +60,12 @@ def connect(address: str) -> JobSubmissionClient:
 
 def submit(client: JobSubmissionClient, folder: str, command: str) -> str:
     """Starts `command` on the cluster with a copy of `folder`; returns the job's name."""
-    found: str = client.submit_job(
-        entrypoint=command, runtime_env={"working_dir": folder, "excludes": EXCLUDES}
-    )
+    environment = {
+        "working_dir": folder,
+        "excludes": EXCLUDES,
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+    }
+    found: str = client.submit_job(entrypoint=command, runtime_env=environment)
     return found
 
 

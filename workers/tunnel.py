@@ -100,9 +100,10 @@ def _answers(port: int) -> bool:
 def _reason(said: IO[str]) -> str:
     """What `ray dashboard` said last, in one line."""
     said.seek(0)
-    text = said.read()
-    marked = text.rpartition("The exception is:")[2].strip().splitlines()
-    return marked[0] if marked else "`ray dashboard` ended without a word"
+    before, _, reason = said.read().rpartition("The exception is:")
+    if reason.lstrip().startswith("Command failed"):  # SSH, which said why itself
+        reason = before.partition("Error: Failed to forward")[0].strip().rpartition("\n")[2]
+    return next(iter(reason.strip().splitlines()), "`ray dashboard` ended without a word")
 
 
 def _end(process: subprocess.Popen[str]) -> None:

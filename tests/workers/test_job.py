@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -305,3 +307,22 @@ def test_a_cluster_file_that_leads_nowhere_is_told(
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("towers: " + said.format(file=file))
     assert done.stderr.count("\n") == 1
+
+
+def test_a_head_that_lets_nobody_in_is_told(environment: dict[str, str], tmp_path: Path) -> None:
+    """Where no SSH server listens, or the key is none of its."""
+    cluster = yaml.safe_load((ROOT / "clusters/local.yaml").read_text())
+    cluster["provider"] |= {"head_ip": "127.0.0.1", "worker_ips": []}
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(cluster))
+    # As `ray up` leaves it here.
+    tags = {"ray-node-type": "head", "ray-node-status": "up-to-date"}
+    (tmp_path / "ray").mkdir()
+    state = {"127.0.0.1": {"tags": tags, "state": "running"}}
+    (tmp_path / "ray" / "cluster-towers.state").write_text(json.dumps(state))
+    given = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
+    done = towers(environment | given, tmp_path, "jobs", "--cluster", str(file))
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(
+        r"towers: no way to the cluster of .*: .*127\.0\.0\.1.*(refused|denied).*\n", done.stderr
+    )
