@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from workers.errors import RunFailed
 
 # What a job does not need, beside what .gitignore names.
 EXCLUDES = [".git", ".venv", "runs", "shards", "data", "**/__pycache__", "**/.*_cache"]
+STOP_SECONDS = 120  # that a job has to end by itself, with a checkpoint; Ray's own default is 3
 PATIENCE = 300.0  # seconds without a cluster before a log is given up
 DROPPED = (OSError, requests.RequestException, aiohttp.ClientError)  # of a connection
 
@@ -35,7 +35,6 @@ def connect(address: str) -> JobSubmissionClient:
         maybe_enable_token_auth_if_token_available,
     )
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # what it tells of itself
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         client = JobSubmissionClient(address)
@@ -49,7 +48,7 @@ def connect(address: str) -> JobSubmissionClient:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"no Ray cluster at {address}: {reason.rstrip('.')}; "
-            "`ray dashboard cluster.yaml` opens the way"
+            "--cluster FILE opens the way to one of `ray up`"
         ) from None
     if found != ray.__version__:
         raise UserError(
@@ -61,9 +60,12 @@ def connect(address: str) -> JobSubmissionClient:
 
 def submit(client: JobSubmissionClient, folder: str, command: str) -> str:
     """Starts `command` on the cluster with a copy of `folder`; returns the job's name."""
-    found: str = client.submit_job(
-        entrypoint=command, runtime_env={"working_dir": folder, "excludes": EXCLUDES}
-    )
+    environment = {
+        "working_dir": folder,
+        "excludes": EXCLUDES,
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+    }
+    found: str = client.submit_job(entrypoint=command, runtime_env=environment)
     return found
 
 
@@ -83,32 +85,35 @@ def follow(client: JobSubmissionClient, job: str, out: TextIO | None = None) -> 
     A connection that drops is made again, and the log goes on where it was. Raises RunFailed if
     the cluster stays away for five minutes.
     """
-    out, written, last = out or sys.stdout, 0, time.monotonic()
+    out, written = out or sys.stdout, 0
+    lost: float | None = None  # since when nobody answers
 
-    def write(log: str) -> None:
-        """The rest of the whole log so far."""
-        nonlocal written, last
-        out.write(log[written:])
+    def write(text: str, start: int) -> None:
+        """What is new of a text that begins at this character of the log."""
+        nonlocal written
+        out.write(text[max(0, written - start) :])
         out.flush()
-        written, last = max(written, len(log)), time.monotonic()
+        written = max(written, start + len(text))
 
     async def tail() -> None:
-        log = ""
+        start = 0  # Ray sends a log from its beginning
         async for text in client.tail_job_logs(job):
-            log += text
-            write(log)
+            write(text, start)
+            start += len(text)
 
     while True:
         try:
-            asyncio.run(tail())
             info = known(client, job)
+            lost = None
             if info.status.is_terminal():
-                write(client.get_job_logs(job))
+                write(client.get_job_logs(job), 0)
                 return _code(info)
+            asyncio.run(tail())
         except (*DROPPED, RuntimeError):
-            if time.monotonic() - last > PATIENCE:
+            lost = lost or time.monotonic()
+            if time.monotonic() - lost > PATIENCE:
                 raise RunFailed(f"{job}: the cluster does not answer; the job may go on") from None
-        time.sleep(1)
+            time.sleep(1)
 
 
 def _code(info: Any) -> int:

@@ -12,7 +12,9 @@ import pytest
 import ray
 from ray._private import worker
 
-from datasets.drawn import write_drawn
+from datasets.drawn import draw, write_drawn
+from datasets.images import encode
+from datasets.shards import write_manifest, write_split
 from workers.config import configure
 from workers.evaluate import evaluate
 from workers.progress import Progress
@@ -26,6 +28,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder: Path = tmp_path_factory.mktemp("shards")
     write_drawn(str(folder), train=150, val=50)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def large_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """40 photographs so large that one augmenter decodes fewer than two small towers train on."""
+    folder, names = str(tmp_path_factory.mktemp("large")), [str(label) for label in range(10)]
+    drawn = (draw(0, "train", number) for number in range(40))
+    records = [
+        (encode(pixels.repeat(24, 0).repeat(24, 1)), str(number), label)
+        for number, (pixels, label) in enumerate(drawn)
+    ]
+    written = write_split(folder, "train", records, names, rows_per_group=4)
+    write_manifest(folder, {"train": written}, names)
+    return folder
 
 
 @contextmanager

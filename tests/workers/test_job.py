@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -53,12 +57,14 @@ def dashboard(
     logs = tmp_path_factory.mktemp("ray")
     gcs, http = free_port(), free_port()
     head = ("--head", f"--port={gcs}", f"--dashboard-port={http}", "--include-dashboard=true")
+    # A node whose agent finds its usual port taken, as by another Ray here, takes no jobs.
+    agent = "--dashboard-agent-listen-port=0"
     node = (f"--address=127.0.0.1:{gcs}", "--resources", '{"augment": 1}')
     started = []
 
     def start(name: str, *options: str) -> None:
         with (logs / name).open("w") as log:
-            command = [f"{BIN}/ray", "start", "--block", "--num-cpus=2", *options]
+            command = [f"{BIN}/ray", "start", "--block", "--num-cpus=2", agent, *options]
             started.append(
                 subprocess.Popen(
                     command, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -76,7 +82,7 @@ def dashboard(
         for process in reversed(started):
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(20)
+                process.wait(5)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
 
@@ -161,6 +167,92 @@ def test_towers_submit_sends_follows_and_returns_the_code(
     assert "had ended already" in towers(known, tmp_path, "stop", job).stdout
 
 
+class Way:
+    """A port of this machine that leads to another one while it is open."""
+
+    def __init__(self, target: int) -> None:
+        self.target, self.port = target, free_port()
+        self.ends: list[socket.socket] = []
+        self.open()
+
+    def open(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
+
+    def cut(self) -> int:
+        """Closes it, and what goes through it; returns how many connections did."""
+        count = len(self.ends) // 2
+        for end in (self.listener, *self.ends):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self.ends.clear()
+        return count
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+                self.ends += (near, far)
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=ends, daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(2**16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+def test_a_log_goes_on_where_a_connection_dropped(
+    dashboard: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    lines = [f"line {number} é" for number in range(60)]
+    program = f"""
+import pathlib, time
+lines = {lines}
+print(*lines[:25], sep="\\n", flush=True)
+for name, part in (("cut", lines[25:40]), ("again", lines[40:])):
+    while not pathlib.Path({str(tmp_path)!r}, name).exists(): time.sleep(0.1)
+    print(*part, sep="\\n", flush=True)
+"""
+    (tmp_path / "program.py").write_text(program)
+    way = Way(int(dashboard.rsplit(":", 1)[1]))
+    command = [f"{BIN}/ray", "job", "submit", "--no-wait", "--submission-id=long"]
+    command += [f"--address={dashboard}", "--", sys.executable, str(tmp_path / "program.py")]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    address = f"--address=http://127.0.0.1:{way.port}"
+    with subprocess.Popen(
+        [f"{BIN}/towers", "logs", "long", "--follow", address],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as following:
+        try:
+            assert following.stdout
+            got = []
+            while not got or got[-1] != f"{lines[24]}\n":  # after what Ray itself says
+                got.append(next(following.stdout))
+            assert way.cut() >= 1
+            (tmp_path / "cut").touch()  # what is said meanwhile comes too
+            with pytest.raises(urllib.error.URLError):
+                urllib.request.urlopen(f"http://127.0.0.1:{way.port}")
+            way.open()
+            got += [next(following.stdout) for _ in lines[25:40]]
+            assert way.cut() >= 1
+            (tmp_path / "again").touch()
+            way.open()
+            got += following.stdout
+            assert following.wait(60) == 0
+        finally:
+            following.kill()
+            way.cut()
+    assert got[-60:] == [f"{line}\n" for line in lines]
+    assert len(got) == len(set(got))
+
+
 @pytest.mark.parametrize("command", [("logs", "none"), ("stop", "none")])
 def test_an_unknown_job_is_named(
     command: tuple[str, str], dashboard: str, environment: dict[str, str], tmp_path: Path
@@ -189,3 +281,48 @@ def test_a_cluster_that_is_not_there_is_told(environment: dict[str, str], tmp_pa
     assert done.returncode == 2
     assert done.stderr.startswith(f"towers: no Ray cluster at {address}: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "{file}: No such file or directory; give the file of `ray up`"),
+        ("a: [b", "{file}: no YAML: while parsing a flow sequence"),
+        ("cluster_name: c", "{file}: no cluster file, it lacks auth, provider"),
+        ("aws", "no way to the cluster of {file}: Unable to locate credentials"),
+        ("local", "no way to the cluster of {file}: Head node of cluster (towers) not found!"),
+    ],
+)
+def test_a_cluster_file_that_leads_nowhere_is_told(
+    text: str | None, said: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    files = {"aws": ROOT / "cluster.yaml", "local": ROOT / "clusters/local.yaml"}
+    if text:
+        file.write_text(files[text].read_text() if text in files else text)
+    # Without anybody's credentials, and the cluster files that Ray keeps.
+    given = {k: v for k, v in environment.items() if not k.startswith("AWS_")}
+    given |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
+    done = towers(given, tmp_path, "submit", "--cluster", str(file), "--", "describe")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("towers: " + said.format(file=file))
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_head_that_lets_nobody_in_is_told(environment: dict[str, str], tmp_path: Path) -> None:
+    """Where no SSH server listens, or the key is none of its."""
+    cluster = yaml.safe_load((ROOT / "clusters/local.yaml").read_text())
+    cluster["provider"] |= {"head_ip": "127.0.0.1", "worker_ips": []}
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(cluster))
+    # As `ray up` leaves it here.
+    tags = {"ray-node-type": "head", "ray-node-status": "up-to-date"}
+    (tmp_path / "ray").mkdir()
+    state = {"127.0.0.1": {"tags": tags, "state": "running"}}
+    (tmp_path / "ray" / "cluster-towers.state").write_text(json.dumps(state))
+    given = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
+    done = towers(environment | given, tmp_path, "jobs", "--cluster", str(file))
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(
+        r"towers: no way to the cluster of .*: .*127\.0\.0\.1.*(refused|denied).*\n", done.stderr
+    )

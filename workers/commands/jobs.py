@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from workers.commands import command, show
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 ADDRESS = "http://127.0.0.1:8265"  # where `ray dashboard cluster.yaml` brings it
 
@@ -18,7 +24,7 @@ def add(commands: Any) -> None:
         commands,
         "submit",
         "run a command of towers as a job on a cluster",
-        "towers submit -- train s3://bucket/imagenet --run s3://bucket/run",
+        "towers submit --cluster cluster.yaml -- train s3://bucket/imagenet --run s3://bucket/run",
         _submit,
     )
     submit.add_argument("arguments", nargs="+", metavar="-- COMMAND", help="Such as train ...")
@@ -35,22 +41,43 @@ def add(commands: Any) -> None:
 
 
 def _address(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
         "--address",
         default=os.environ.get("RAY_API_SERVER_ADDRESS", ADDRESS),
         metavar="URL",
         help=f"Of the cluster's dashboard. [RAY_API_SERVER_ADDRESS, or {ADDRESS}]",
     )
+    where.add_argument(
+        "--cluster",
+        metavar="FILE",
+        help="Of `ray up`, such as cluster.yaml: opens the way to its dashboard meanwhile.",
+    )
+
+
+@contextmanager
+def _client(args: argparse.Namespace) -> Iterator[JobSubmissionClient]:
+    """A client of the cluster that the options name."""
+    from workers.jobs import connect
+
+    logging.disable(logging.WARNING)  # what Ray tells of itself, by loggers that it sets itself
+    if file := getattr(args, "cluster", None):
+        from workers.tunnel import tunnel
+
+        with tunnel(file) as address:
+            yield connect(address)
+    else:
+        yield connect(args.address)
 
 
 def _submit(args: argparse.Namespace) -> int:
     from workers import jobs
 
-    client = jobs.connect(args.address)
-    size = jobs.package_size(".") / 2**20
-    job = jobs.submit(client, ".", shlex.join(["towers", *args.arguments]))
-    print(f"{job}: a package of {size:.2f} MiB; `towers logs {job}` shows it", file=sys.stderr)
-    return jobs.follow(client, job)
+    with _client(args) as client:
+        size = jobs.package_size(".") / 2**20
+        job = jobs.submit(client, ".", shlex.join(["towers", *args.arguments]))
+        print(f"{job}: a package of {size:.2f} MiB; `towers logs {job}` shows it", file=sys.stderr)
+        return jobs.follow(client, job)
 
 
 def _jobs(args: argparse.Namespace) -> int:
@@ -58,7 +85,8 @@ def _jobs(args: argparse.Namespace) -> int:
     from workers.progress import table
 
     heads = ("job", "state", "started", "command")
-    rows = jobs.listed(jobs.connect(args.address))
+    with _client(args) as client:
+        rows = jobs.listed(client)
     text = table(rows, heads) if rows else "no jobs"
     return show(args, text, {"jobs": [dict(zip(heads, row, strict=True)) for row in rows]})
 
@@ -66,19 +94,19 @@ def _jobs(args: argparse.Namespace) -> int:
 def _logs(args: argparse.Namespace) -> int:
     from workers import jobs
 
-    client = jobs.connect(args.address)
-    jobs.known(client, args.job)
-    if getattr(args, "follow", False):
-        return jobs.follow(client, args.job)
-    print(client.get_job_logs(args.job), end="")
+    with _client(args) as client:
+        jobs.known(client, args.job)
+        if getattr(args, "follow", False):
+            return jobs.follow(client, args.job)
+        print(client.get_job_logs(args.job), end="")
     return 0
 
 
 def _stop(args: argparse.Namespace) -> int:
     from workers import jobs
 
-    client = jobs.connect(args.address)
-    jobs.known(client, args.job)
-    stopping = client.stop_job(args.job)
+    with _client(args) as client:
+        jobs.known(client, args.job)
+        stopping = client.stop_job(args.job)
     print(f"{args.job}: {'told to stop' if stopping else 'had ended already'}")
     return 0

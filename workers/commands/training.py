@@ -14,6 +14,8 @@ from workers.guard import AGAIN, guarded
 
 MESH = ("replicas", "stages", "cuts", "towers")
 
+NOWHERE = "memory://"  # the run of what makes none
+
 
 def add(commands: Any) -> None:
     train = command(
@@ -80,7 +82,7 @@ def _train(args: argparse.Namespace) -> int:
 def _scale(args: argparse.Namespace) -> int:
     from workers.run import write_scale
 
-    augmenters = configure({"augmenters": args.augmenters, "run": "none"}).augmenters
+    augmenters = configure({"augmenters": args.augmenters, "run": NOWHERE}).augmenters
     write_scale(locate(args.run), augmenters)
     print(f"{args.run}: {augmenters} augmenters, as soon as the run looks")
     return 0
@@ -89,7 +91,7 @@ def _scale(args: argparse.Namespace) -> int:
 def _describe(args: argparse.Namespace) -> int:
     said = {"network": "alexnet", **given(args)}
     small = said["network"] in ("alexnet-mini", "cifar")
-    config = configure({**said, "run": "none"})
+    config = configure({**said, "run": NOWHERE})
     classes = getattr(args, "classes", 10 if small else 1000)
     from pipeline.mesh import Mesh
     from workers.description import layer_table
