@@ -93,6 +93,7 @@ def chart(
             if whole:  # what was counted stayed so until the next count
                 corners = [(b, a) for (_, a), (b, _) in pairwise(line)]
                 line = [p for pair in zip_longest(line, corners) for p in pair if p]
+            line = line * 2 if len(line) == 1 else line  # or nothing is drawn
             if band:
                 drawn.append(f'<polygon points="{_places(band)}" fill="{colour(curve.run)}"/>')
             drawn.append(f'<polyline points="{_places(line)}" stroke="{colour(curve.run)}"/>')

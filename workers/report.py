@@ -44,7 +44,7 @@ figure { margin: 0; max-width: 100%; }
 figcaption, .soft, td.soft { color: var(--soft); font-size: 13px; }
 svg { max-width: 100%; overflow: visible; } svg text { fill: var(--soft); font-size: 11px; }
 svg .grid { stroke: var(--line); }
-svg polyline { fill: none; stroke-width: 1.6; } svg polygon { opacity: .25; }
+svg polyline { fill: none; stroke-width: 1.6; stroke-linecap: round; } svg polygon { opacity: .25; }
 svg circle { stroke: var(--paper); }
 table { border-collapse: collapse; } td, th { padding: 2px 10px 2px 0; text-align: left; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
