@@ -76,6 +76,13 @@ def workers(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def on_error(parser: argparse.ArgumentParser) -> None:
+    """Adds --on-error."""
+    parser.add_argument(
+        "--on-error", choices=("fail", "skip"), help="What becomes of an image that is bad. [fail]"
+    )
+
+
 def count(workers: int | None) -> int | None:
     """The value of --workers. Raises UserError if it cannot be."""
     if workers is not None and workers < 1:

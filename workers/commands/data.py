@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from datasets import DataError
-from workers.commands import command, count, help_of, show, workers
+from workers.commands import command, count, help_of, on_error, show, workers
 from workers.config import UserError, locate
 
 PREPARE = ("size", "quality", "keep", "holdout", "seed", "on_error")
@@ -39,9 +39,7 @@ def add(commands: Any) -> None:
     prepare.add_argument("--labels", metavar="FILE", help="What images in no class folder show.")
     prepare.add_argument("--synsets", metavar="FILE", help="Synsets and what they mean.")
     prepare.add_argument("--seed", type=int, help="Of order and split. [0]")
-    prepare.add_argument(
-        "--on-error", choices=("fail", "skip"), help="What becomes of an image that is bad. [fail]"
-    )
+    on_error(prepare)
     workers(prepare)
 
     validate = command(

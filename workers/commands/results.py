@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from workers.commands import command, count, show, workers
+from workers.commands import command, count, on_error, show, workers
 from workers.config import UserError, locate
 
 BAR, WIDTH = "\u2588", 40  # a full block, and how many of them are all of the probability
@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--weights", metavar="W,W,...", help="Of each run in the average; equal if unset."
     )
-    _on_error(evaluate)
+    on_error(evaluate)
     workers(evaluate)
 
     predict = command(
@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
         "--output", metavar="FILE.parquet", help="Where the classes of the rows of --data go."
     )
     _network(predict)
-    _on_error(predict)
+    on_error(predict)
     workers(predict)
 
     report = command(
@@ -67,12 +67,6 @@ def add(commands: Any) -> None:
 
 def _split(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", metavar="NAME", help="Split of the shards. [val, else test]")
-
-
-def _on_error(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--on-error", choices=("fail", "skip"), help="What becomes of an image that is bad. [fail]"
-    )
 
 
 def _network(parser: argparse.ArgumentParser) -> None:
