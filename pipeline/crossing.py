@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.convolution import gradients
 from pipeline.tracing import Trace, clock
 from pipeline.waiting import LIMIT, all_reduce, settle
 
@@ -156,14 +157,9 @@ class _CrossConv2d(torch.autograd.Function):
         x, x_other, weight = ctx.saved_tensors
         own, other = _halves(weight, ctx.pair.tower)
 
-        def gradients(x: Tensor, w: Tensor, *mask: bool) -> tuple[Tensor, Tensor, Tensor]:
-            stride, padding = [ctx.stride] * 2, [ctx.padding] * 2
-            return torch.ops.aten.convolution_backward(
-                grad, x, w, [w.shape[0]], stride, padding, [1, 1], False, [0, 0], 1, mask
-            )
-
-        swap = ctx.pair.swap(gradients(x_other, other, True, False, False)[0])
-        grad_x, grad_own, grad_bias = gradients(x, own, True, True, True)
-        grad_other = gradients(x_other, other, False, True, False)[1]
+        form = (ctx.stride, ctx.padding, 1)
+        swap = ctx.pair.swap(gradients(grad, x_other, other, *form, (True, False, False))[0])
+        grad_x, grad_own, grad_bias = gradients(grad, x, own, *form)
+        grad_other = gradients(grad, x_other, other, *form, (False, True, False))[1]
         grad_weight = _joined(grad_own, grad_other, ctx.pair.tower)
         return grad_x.add_(swap.wait()), grad_weight, grad_bias, None, None, None

@@ -1,8 +1,9 @@
 """Local response normalisation (paper, 3.3) with its exact gradient.
 
-The sum over neighbouring maps is a product with a banded matrix of ones, in channels-last layout a
-plain matrix product. It is done a few images at a time, so that what lies between stays in cache;
-backward keeps nothing but the input.
+On a processor it is one pass over memory each way, compiled (`lrn.cpp`). Elsewhere, and where that
+cannot be had, the sum over neighbouring maps is a product with a banded matrix of ones, in
+channels-last layout a plain matrix product, done a few images at a time, so that what lies between
+stays in cache. Either way backward keeps nothing but the input.
 """
 
 from __future__ import annotations
@@ -13,47 +14,85 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline import native
 from pipeline.network import Norm
 
 _CHUNK = 1 << 19  # elements at a time on the CPU: about 2 MB of float32
 
 
-def normalize(x: Tensor, norm: Norm, columns: int = 1) -> Tensor:
-    """Normalises x [n, maps, height, width] within each of `columns` equal groups of its maps."""
+def normalize(x: Tensor, norm: Norm, columns: int = 1, rectify: bool = False) -> Tensor:
+    """Normalises x [n, maps, height, width] within each of `columns` equal groups of its maps.
+
+    With `rectify` it is max(x, 0) that is normalised: ReLU then costs no pass over memory.
+    """
     if norm.spatial:
+        x = x.relu() if rectify else x
         window = F.avg_pool2d(x * x, norm.size, 1, norm.size // 2) * norm.size**2
         return x * (norm.k + norm.alpha * window).pow(-norm.beta)
-    return _AcrossMaps.apply(x, norm, columns)
+    return _AcrossMaps.apply(x, norm, columns, rectify)
 
 
 class _AcrossMaps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm, columns: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, norm: Norm, columns: int, rectify: bool) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x)
-        ctx.norm, ctx.columns = norm, columns
+        ctx.norm, ctx.columns, ctx.rectify = norm, columns, rectify
         out = torch.empty_like(x)
+        if _compiled(x, None, out, norm, columns, rectify):
+            return out
         for a, y in zip(_rows(x, columns), _rows(out, columns), strict=True):
-            wide = _wide(a)
+            wide = _wide(a, rectify)
             power, _ = _powers(wide, norm)
             y.copy_(power.mul_(wide))
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         # dL/da_i = g_i s_i^-b - 2 alpha b a_i * sum over j near i of g_j a_j s_j^(-b-1)
-        (x,), norm = ctx.saved_tensors, ctx.norm
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        (x,), norm, rectify = ctx.saved_tensors, ctx.norm, ctx.rectify
+        grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
         out = torch.empty_like(x)
+        if _compiled(x, grad, out, norm, ctx.columns, rectify):
+            return out, None, None, None
         chunks = (_rows(t, ctx.columns) for t in (x, grad, out))
         for a, g, o in zip(*chunks, strict=True):
-            wide, up = _wide(a), _wide(g)
+            wide, up = _wide(a, rectify), _wide(g)
             power, inverse = _powers(wide, norm)
             power.mul_(up)
             inner = inverse.mul_(power).mul_(wide)
             near = inner @ _band(norm.size, wide)
-            o.copy_(power.addcmul_(wide, near, value=-2 * norm.alpha * norm.beta))
-        return out, None, None
+            power.addcmul_(wide, near, value=-2 * norm.alpha * norm.beta)
+            o.copy_(power.masked_fill_(wide == 0, 0) if rectify else power)
+        return out, None, None, None
+
+
+def _compiled(
+    x: Tensor, grad: Tensor | None, out: Tensor, norm: Norm, columns: int, rectify: bool
+) -> bool:
+    """Whether compiled code took it: the forward pass, or with `grad` the backward one."""
+    maps, window = x.shape[1] // columns, norm.size // 2 * 2 + 1
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if norm.beta != 0.75 or maps > 512 or window > 33:  # lrn.cpp has no more
+        return False
+    function = native.lrn()
+    if function is None:
+        return False
+    function(
+        x.data_ptr(),
+        None if grad is None else grad.data_ptr(),
+        out.data_ptr(),
+        x.numel() // maps,
+        maps,
+        window,
+        norm.k,
+        norm.alpha,
+        rectify,
+        x.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    return True
 
 
 def _rows(x: Tensor, columns: int) -> tuple[Tensor, ...]:
@@ -63,8 +102,9 @@ def _rows(x: Tensor, columns: int) -> tuple[Tensor, ...]:
     return flat.split(max(1, _CHUNK // maps)) if x.device.type == "cpu" else (flat,)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _wide(x: Tensor, rectify: bool = False) -> Tensor:
     """At least float32: sixteen bits are too few to sum squares in."""
+    x = x.relu() if rectify else x
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import randomness
+from pipeline.convolution import conv2d
 from pipeline.crossing import Pair, cross_conv2d, cross_linear
 from pipeline.network import Network
 from pipeline.normalization import normalize
@@ -126,12 +128,16 @@ class Block(nn.Module):
             if layer.kind == "conv"
             else self._full(x.flatten(1), weight, bias, pair)
         )
-        for step in layer.order:
-            if step == "activation" and layer.activation:
-                x = x.relu_() if layer.activation == "relu" else x.tanh_()
+        rectify = False
+        for step, after in zip_longest(layer.order, layer.order[1:]):
+            if step == "activation" and layer.activation == "tanh":
+                x = x.tanh_()
+            elif step == "activation" and layer.activation:
+                rectify = after == "norm" and bool(layer.norms)
+                x = x if rectify else x.relu_()
             elif step == "norm":
                 for norm in layer.norms:
-                    x = normalize(x, norm, self.columns)
+                    x, rectify = normalize(x, norm, self.columns, rectify), False
             elif step == "pool" and layer.pool:
                 x = F.max_pool2d(x, layer.pool.size, layer.pool.stride)
         if dropout and layer.dropout:
@@ -147,7 +153,7 @@ class Block(nn.Module):
         if self.crosses:
             assert pair
             return cross_conv2d(x, weight, bias, layer.stride, before, pair)
-        return F.conv2d(x, weight, bias, layer.stride, before, groups=self.groups)
+        return conv2d(x, weight, bias, layer.stride, before, self.groups)
 
     def _full(self, x: Tensor, weight: Tensor, bias: Tensor, pair: Pair | None) -> Tensor:
         if self.crosses:

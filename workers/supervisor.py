@@ -181,7 +181,13 @@ class _Run:
         start = _start(itinerary, network, resume)
         opened = feed.open.remote(start)  # the fleet starts while the towers build their weights
         address = ray.get(towers[0].address.remote())
-        found = ray.get([tower.join.remote(address, resume) for tower in towers])[0]
+        joined = ray.get([tower.join.remote(address, resume) for tower in towers])
+        found = joined[0]
+        for why in sorted({one["slow"] for one in joined} - {""}):
+            self.folder.event("slow", why=why)
+            self.progress.say(
+                f"normalisation is not compiled, and takes several times longer: {why}"
+            )
         ray.get(opened)
         self.evaluations = list(found["evaluations"])
         self.folder.event(

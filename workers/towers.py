@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from datasets.plan import Itinerary
-from pipeline import checkpoint, host
+from pipeline import checkpoint, host, native
 from pipeline.crossing import Pair
 from pipeline.optimizer import SGD
 from pipeline.schedule import Line
@@ -66,8 +66,8 @@ class TowerActor:
     def join(self, address: tuple[str, int], resume: str | None) -> dict[str, Any]:
         """Builds this rank's share, at the weights of checkpoint `resume` or at the start.
 
-        Returns the progress that the checkpoint holds. Raises DataError if this node does not see
-        the run's folder.
+        Returns the progress that the checkpoint holds, and as "slow" why this rank lacks compiled
+        code, if it does. Raises DataError if this node does not see the run's folder.
         """
         config, placement = self.job.config, self.job.placement
         check_visible(self.job.folder)
@@ -122,7 +122,8 @@ class TowerActor:
         self.progress: dict[str, Any] = {"step": 0, "skipped": 0, "evaluations": []}
         if resume:
             self.progress = checkpoint.load(resume, self.tower, self.optimizer, self.mesh)
-        return self.progress
+        slow = native.missing() if device.type == "cpu" and config.lrn else ""
+        return {**self.progress, "slow": slow}
 
     def train(self, feed: Any, start: int) -> Iterator[dict[str, Any]]:
         """Goes through the items from `start` on; rank 0 yields a report now and then.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from ranks import error
 from torch import Tensor
 
-from pipeline import normalization
+from pipeline import native, normalization
 from pipeline.network import Norm
 from pipeline.normalization import normalize
 
@@ -107,3 +109,78 @@ def test_sixteen_bits_are_rounded_only_at_the_end(dtype: torch.dtype, beta: floa
     half = torch.finfo(dtype).eps / 2
     torch.testing.assert_close(got.double(), want, rtol=1.01 * half, atol=1e-6)
     torch.testing.assert_close(got_grad.double(), want_grad, rtol=1.01 * half, atol=1e-6)
+
+
+def results(
+    x: Tensor, norm: Norm, columns: int, rectify: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """y and the gradient, computed in `dtype` from what x's own dtype can hold."""
+    leaf = x.to(dtype or x.dtype).requires_grad_()
+    y = normalize(leaf, norm, columns, rectify)
+    grad = noise(*x.shape, seed=1).to(x.dtype).to(y.dtype)
+    return y.detach(), torch.autograd.grad(y, leaf, grad)[0]
+
+
+compiled = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(
+    st.sampled_from([1, 3, 5, 9, 33]),
+    st.integers(1, 70) | st.just(512),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_compiled_code_is_the_same_mathematics(
+    dtype: torch.dtype, size: int, each: int, columns: int, rectify: bool, seed: int
+) -> None:
+    norm = Norm(size, alpha=0.1)
+    x = noise(3, each * columns, 3, 2, seed=seed).to(dtype)
+    got = results(x, norm, columns, rectify)
+    want = results(x, norm, columns, rectify, torch.float64)
+    rounding = 1e-6 if dtype == torch.float32 else 1.01 * torch.finfo(dtype).eps / 2
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=rounding, atol=1e-6)
+
+
+@compiled
+def test_threads_change_no_bit_of_it() -> None:
+    x, threads = noise(5, 96, 7, 7).float(), torch.get_num_threads()
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(results(x, Norm(), 2, True))
+    torch.set_num_threads(threads)
+    for one in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(one, found[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rectified_it_is_relu_and_then_normalisation(dtype: torch.dtype) -> None:
+    x = noise(2, 12, 3, 3).to(dtype)
+    x[0, 0, 0, 0], x[1, 2, 0, 0] = float("nan"), 0.0
+    y, grad = results(x, Norm(alpha=0.1), 2, True)
+    leaf = x.clone().requires_grad_()
+    apart = normalize(leaf.relu(), Norm(alpha=0.1), 2)
+    (want,) = torch.autograd.grad(apart, leaf, noise(*x.shape, seed=1).to(dtype))
+    torch.testing.assert_close(y, apart.detach(), equal_nan=True)
+    torch.testing.assert_close(grad[1], want[1])
+    assert y[0, 0, 0, 0].isnan()
+    assert grad[1, 2, 0, 0] == 0
+
+
+def test_what_the_compiler_said_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._load.cache_clear()
+    monkeypatch.setenv("CXX", "false")
+    assert "false failed" in native.missing()
+    assert not list(tmp_path.rglob("*.so"))
+    native._load.cache_clear()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no C++ compiler" in native.missing()
+    native._load.cache_clear()
+    monkeypatch.undo()

@@ -1,0 +1,102 @@
+"""The C++ of this folder: compiled once a machine with its own compiler, kept in a cache.
+
+Without a compiler callers do the same mathematics in torch, slower; `missing()` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("lrn.cpp")
+# Square roots that set no errno are vectors; nothing else of -ffast-math, which loses NaNs.
+_FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
+_FLAGS += ["-fPIC", "-shared", "-fopenmp"]
+_SECONDS = 120  # a compiler that needs more is stuck
+
+
+def lrn() -> Callable[..., None] | None:
+    """`lrn` of lrn.cpp, or None where it cannot be had."""
+    return _load()[0]
+
+
+def missing() -> str:
+    """Why there is no compiled code, in half a line; "" where there is."""
+    return _load()[1]
+
+
+@cache
+def _load() -> tuple[Callable[..., None] | None, str]:
+    if os.environ.get("TOWERS_NATIVE") == "0":
+        return None, "TOWERS_NATIVE is 0"
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if not compiler:
+        return None, "no C++ compiler (c++, g++, clang++ or $CXX)"
+    try:
+        function = ctypes.CDLL(str(_built(compiler))).lrn
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        return None, f"{compiler} failed: {said.strip().splitlines()[0] if said.strip() else error}"
+    pointer, integer, single = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+    function.argtypes = [pointer] * 3 + [ctypes.c_int64, integer, integer, single, single]
+    function.argtypes += [integer] * 3
+    function.restype = None
+    return function, ""
+
+
+def _built(compiler: str) -> Path:
+    """The library for this source, compiler and processor, compiled if it is not in the cache."""
+    command = [*compiler.split(), *_FLAGS, *_openmp()]
+    # A home directory may be shared by machines whose processors differ.
+    parts = [_SOURCE.read_text(), *command, _processor()]
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    library = _cache() / f"lrn-{name}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        handle, fresh = tempfile.mkstemp(suffix=".so", dir=library.parent)
+        os.close(handle)
+        try:
+            subprocess.run(
+                [*command, str(_SOURCE), "-o", fresh],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+            )
+            os.replace(fresh, library)  # whole or not at all, whoever else compiles it now
+        finally:
+            Path(fresh).unlink(missing_ok=True)
+    return library
+
+
+def _openmp() -> list[str]:
+    """Links the OpenMP that torch has loaded: a second one would fight it for the cores."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines()}
+    return sorted(path for path in loaded if "/libgomp" in path)[:1]
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor()
+    about = ("model name", "flags", "Features")
+    return "\n".join(sorted({x for x in cpuinfo.read_text().splitlines() if x.startswith(about)}))
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(home) if home else Path.home() / ".cache"
+    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
+        folder = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return folder / "towers"
