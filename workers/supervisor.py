@@ -185,9 +185,7 @@ class _Run:
         found = joined[0]
         for why in sorted({one["slow"] for one in joined} - {""}):
             self.folder.event("slow", why=why)
-            self.progress.say(
-                f"normalisation is not compiled, and takes several times longer: {why}"
-            )
+            self.progress.say(f"normalisation is not compiled, and takes far longer: {why}")
         ray.get(opened)
         self.evaluations = list(found["evaluations"])
         self.folder.event(
