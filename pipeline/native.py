@@ -12,19 +12,36 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("lrn.cpp")
+import torch
+from torch import Tensor
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
 # Square roots that set no errno are vectors; nothing else of -ffast-math, which loses NaNs.
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
 _FLAGS += ["-fPIC", "-shared", "-fopenmp"]
 _SECONDS = 120  # a compiler that needs more is stuck
 
 
-def lrn() -> Callable[..., None] | None:
-    """`lrn` of lrn.cpp, or None where it cannot be had."""
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_FUNCTIONS = {
+    "lrn": [_POINTER] * 3 + [_LONG] + [_INT] * 2 + [_FLOAT] * 2 + [_INT] * 3,
+    "pool_forward": [_POINTER] * 3 + [_LONG, _POINTER, _INT, _INT],
+    "pool_backward": [_POINTER] * 3 + [_LONG, _POINTER, _INT, _INT],
+}
+MOST = 512  # maps of a row: what the functions hold of it at a time
+
+
+def kernels(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The functions of kernels.cpp if they can take such tensors here, else None.
+
+    They take channels-last float32 or bfloat16, all of one dtype, in a processor's memory.
+    """
+    for x in tensors:
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+            return None
     return _load()[0]
 
 
@@ -34,22 +51,21 @@ def missing() -> str:
 
 
 @cache
-def _load() -> tuple[Callable[..., None] | None, str]:
+def _load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("TOWERS_NATIVE") == "0":
         return None, "TOWERS_NATIVE is 0"
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if not compiler:
         return None, "no C++ compiler (c++, g++, clang++ or $CXX)"
     try:
-        function = ctypes.CDLL(str(_built(compiler))).lrn
+        library = ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         return None, f"{compiler} failed: {said.strip().splitlines()[0] if said.strip() else error}"
-    pointer, integer, single = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-    function.argtypes = [pointer] * 3 + [ctypes.c_int64, integer, integer, single, single]
-    function.argtypes += [integer] * 3
-    function.restype = None
-    return function, ""
+    for name, types in _FUNCTIONS.items():
+        getattr(library, name).argtypes = types
+        getattr(library, name).restype = None
+    return library, ""
 
 
 def _built(compiler: str) -> Path:
@@ -58,7 +74,7 @@ def _built(compiler: str) -> Path:
     # A home directory may be shared by machines whose processors differ.
     parts = [_SOURCE.read_text(), *command, _processor()]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    library = _cache() / f"lrn-{name}.so"
+    library = _cache() / f"kernels-{name}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         handle, fresh = tempfile.mkstemp(suffix=".so", dir=library.parent)

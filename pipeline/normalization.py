@@ -1,7 +1,7 @@
 """Local response normalisation (paper, 3.3) with its exact gradient.
 
-On a processor it is one pass over memory each way, compiled (`lrn.cpp`). Elsewhere, and where that
-cannot be had, the sum over neighbouring maps is a product with a banded matrix of ones, in
+On a processor it is one pass over memory each way, compiled (`kernels.cpp`). Elsewhere, and where
+that cannot be had, the sum over neighbouring maps is a product with a banded matrix of ones, in
 channels-last layout a plain matrix product, done a few images at a time, so that what lies between
 stays in cache. Either way backward keeps nothing but the input.
 """
@@ -72,14 +72,10 @@ def _compiled(
 ) -> bool:
     """Whether compiled code took it: the forward pass, or with `grad` the backward one."""
     maps, window = x.shape[1] // columns, norm.size // 2 * 2 + 1
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+    kernels = native.kernels(x)
+    if kernels is None or norm.beta != 0.75 or maps > native.MOST or window > 33:
         return False
-    if norm.beta != 0.75 or maps > 512 or window > 33:  # lrn.cpp has no more
-        return False
-    function = native.lrn()
-    if function is None:
-        return False
-    function(
+    kernels.lrn(
         x.data_ptr(),
         None if grad is None else grad.data_ptr(),
         out.data_ptr(),

@@ -14,6 +14,7 @@ from pipeline.convolution import conv2d
 from pipeline.crossing import Pair, cross_conv2d, cross_linear
 from pipeline.network import Network
 from pipeline.normalization import normalize
+from pipeline.pooling import max_pool
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Block(nn.Module):
                 for norm in layer.norms:
                     x, rectify = normalize(x, norm, self.columns, rectify), False
             elif step == "pool" and layer.pool:
-                x = F.max_pool2d(x, layer.pool.size, layer.pool.stride)
+                x = max_pool(x, layer.pool)
         if dropout and layer.dropout:
             x = self._drop(x, dropout)
         return x

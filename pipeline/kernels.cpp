@@ -1,8 +1,6 @@
-// Local response normalisation over rows of maps, in one pass over memory each way: beta is 3/4.
-//
-// A row is the maps of one column at one position of a channels-last tensor; rows lie end to end.
-// `rectify` applies ReLU to what is read, so that the tensor before ReLU is all that must be kept.
-// Built by native.py, which has the contract; float32 and bfloat16, computed in float32.
+// Local response normalisation and max-pooling of channels-last tensors on a processor, in one pass
+// over memory each way. Built by native.py, which has the contract; float32 and bfloat16, computed
+// in float32.
 
 #include <cmath>
 #include <cstdint>
@@ -35,6 +33,10 @@ inline void put(float x, Half& to) {
     uint32_t even = (wide + 0x7FFF + ((wide >> 16) & 1)) >> 16;
     to.bits = x == x ? uint16_t(even) : uint16_t(0x7FC0);
 }
+
+// Normalisation across neighbouring maps, beta 3/4. A row is the maps of one column at one position;
+// rows lie end to end. `rectify` applies ReLU to what is read, so that the tensor before ReLU is all
+// that must be kept.
 
 struct Norm {
     int maps, size, rectify;
@@ -131,12 +133,93 @@ void all(const T* x, const T* grad, T* out, int64_t rows, const Norm& norm, int 
     }
 }
 
+// Max-pooling of channels-last tensors. What is kept is the place in its window of each maximum,
+// a byte; ties go to the first, as in torch, and not-a-number wins.
+
+struct Pool {
+    int maps, height, width, size, stride, rows, columns;  // rows x columns leave
+};
+
+template <class T>
+void pool_forward(const T* x, T* y, uint8_t* place, int64_t images, const Pool& p, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t line = 0; line < images * p.rows; line++) {
+        float best[BLOCK];
+        int where[BLOCK];
+        const T* top = x + (line / p.rows * p.height + line % p.rows * p.stride) * p.width * p.maps;
+        for (int c = 0; c < p.columns; c++) {
+            const T* first = top + int64_t(c) * p.stride * p.maps;
+            const int64_t at = (line * p.columns + c) * p.maps;
+            for (int i = 0; i < p.maps; i++) best[i] = get(first[i]), where[i] = 0;
+            for (int k = 1; k < p.size * p.size; k++) {
+                const T* near = first + (int64_t(k / p.size) * p.width + k % p.size) * p.maps;
+                for (int i = 0; i < p.maps; i++) {
+                    const float a = get(near[i]);
+                    const bool more = (a > best[i]) | (a != a);
+                    best[i] = more ? a : best[i];
+                    where[i] = more ? k : where[i];
+                }
+            }
+            for (int i = 0; i < p.maps; i++) put(best[i], y[at + i]);
+            for (int i = 0; i < p.maps; i++) place[at + i] = uint8_t(where[i]);
+        }
+    }
+}
+
+// The first of the windows that reach position `at` of a side.
+inline int first_window(int at, const Pool& p) {
+    return at < p.size ? 0 : (at - p.size) / p.stride + 1;
+}
+
+// Each place sums the gradients of the windows whose maximum it is: nothing is written twice.
+template <class T>
+void pool_backward(const T* grad, const uint8_t* place, T* out, int64_t images, const Pool& p,
+                   int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t line = 0; line < images * p.height; line++) {
+        const int64_t n = line / p.height;
+        const int y = int(line % p.height);
+        float sum[BLOCK];
+        for (int x = 0; x < p.width; x++) {
+            T* to = out + (line * p.width + x) * p.maps;
+            for (int i = 0; i < p.maps; i++) sum[i] = 0;
+            for (int r = first_window(y, p); r <= y / p.stride && r < p.rows; r++) {
+                for (int c = first_window(x, p); c <= x / p.stride && c < p.columns; c++) {
+                    const int k = (y - r * p.stride) * p.size + x - c * p.stride;
+                    const int64_t at = ((n * p.rows + r) * p.columns + c) * p.maps;
+                    for (int i = 0; i < p.maps; i++)
+                        sum[i] += place[at + i] == k ? get(grad[at + i]) : 0.0f;
+                }
+            }
+            for (int i = 0; i < p.maps; i++) put(sum[i], to[i]);
+        }
+    }
+}
+
 }  // namespace
 
+extern "C" {
+
 // `grad` null: out = the normalised x; else out = dL/dx.
-extern "C" void lrn(const void* x, const void* grad, void* out, int64_t rows, int maps, int size,
-                    float k, float alpha, int rectify, int half, int threads) {
+void lrn(const void* x, const void* grad, void* out, int64_t rows, int maps, int size,
+         float k, float alpha, int rectify, int half, int threads) {
     const Norm norm{maps, size, rectify, k, alpha};
     if (half) all((const Half*)x, (const Half*)grad, (Half*)out, rows, norm, threads);
     else all((const float*)x, (const float*)grad, (float*)out, rows, norm, threads);
+}
+
+void pool_forward(const void* x, void* y, void* place, int64_t images, const int* shape, int half,
+                  int threads) {
+    const Pool p{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6]};
+    if (half) pool_forward((const Half*)x, (Half*)y, (uint8_t*)place, images, p, threads);
+    else pool_forward((const float*)x, (float*)y, (uint8_t*)place, images, p, threads);
+}
+
+void pool_backward(const void* grad, const void* place, void* out, int64_t images,
+                   const int* shape, int half, int threads) {
+    const Pool p{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6]};
+    const auto* of = (const uint8_t*)place;
+    if (half) pool_backward((const Half*)grad, of, (Half*)out, images, p, threads);
+    else pool_backward((const float*)grad, of, (float*)out, images, p, threads);
+}
 }

@@ -1,0 +1,261 @@
+"""A training step of `alexnet` against the same network in plain torch modules, on the same cores.
+
+    python benchmarks/step.py [--batch 128] [--steps 3] [--only WORD] [--json FILE]
+
+Needs torch alone. Each row is a fresh process, because an allocator's settings are a process's:
+
+- "plain": torch.nn's grouped convolutions, LocalResponseNorm (within each column), CrossEntropyLoss
+  and torch.optim.SGD, sixteen bits by autocast; as people run it, with Towers' allocator settings,
+  and compiled; in both layouts, of which the better counts.
+- "towers": this project's step in one process with a thread a core, and as two towers in two
+  processes with half of them each; and without LRN, the bound to close in on.
+
+MFU is the share of a matrix product's rate measured in the same process just before. `--memory`
+lists what a step keeps for backward instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.table import publish
+from pipeline import host
+from pipeline.crossing import Pair
+from pipeline.network import Network, build
+from pipeline.optimizer import SGD
+from pipeline.tower import Tower
+from pipeline.training import Images, Trainer
+
+CLASSES = 1000
+
+
+class Plain(nn.Module):
+    """The paper's network as one writes it with torch.nn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 96, 11, 4, 2)
+        self.conv2 = nn.Conv2d(96, 256, 5, 1, 2, groups=2)
+        self.conv3 = nn.Conv2d(256, 384, 3, 1, 1)
+        self.conv4 = nn.Conv2d(384, 384, 3, 1, 1, groups=2)
+        self.conv5 = nn.Conv2d(384, 256, 3, 1, 1, groups=2)
+        self.lrn = nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0)  # it divides by 5
+        self.fc6, self.fc7 = nn.Linear(9216, 4096), nn.Linear(4096, 4096)
+        self.fc8 = nn.Linear(4096, CLASSES)
+        self.pool, self.dropout = nn.MaxPool2d(3, 2), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in (self.conv1, self.conv2):
+            x = F.relu(conv(x))
+            n, maps, side, _ = x.shape
+            x = self.lrn(x.reshape(2 * n, maps // 2, side, side)).reshape(n, maps, side, side)
+            x = self.pool(x)
+        x = F.relu(self.conv4(F.relu(self.conv3(x))))
+        x = self.pool(F.relu(self.conv5(x))).flatten(1)
+        x = self.dropout(F.relu(self.fc6(x)))
+        x = self.dropout(F.relu(self.fc7(x)))
+        return self.fc8(x)  # type: ignore[no-any-return]
+
+
+def images(batch: int, crop: int) -> Images:
+    """A batch of noise."""
+    draw = torch.Generator().manual_seed(0)
+    crops = torch.randint(0, 256, (batch, crop, crop, 3), dtype=torch.uint8, generator=draw)
+    labels = torch.randint(0, CLASSES, (batch,), generator=draw)
+    return Images(crops, labels, torch.zeros(batch, 3))
+
+
+def plain(case: dict[str, Any]) -> Callable[[int], None]:
+    """A step of the peer."""
+    last = case["layout"] == "channels-last"
+    layout = torch.channels_last if last else torch.contiguous_format
+    model: Any = Plain().to(memory_format=layout)
+    if case.get("compiled"):
+        model = torch.compile(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=5e-4)
+    criterion, batch = nn.CrossEntropyLoss(), images(case["batch"], 224)
+    half = case["precision"] == "bfloat16"
+
+    def step(_: int) -> None:
+        x = (batch.crops.permute(0, 3, 1, 2).float() - 120.0).contiguous(memory_format=layout)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = criterion(model(x), batch.labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def trainer(case: dict[str, Any], network: Network) -> Trainer:
+    """This process's tower, or the whole network."""
+    towers, tower, pair = case.get("towers", 1), case.get("tower", 0), None
+    if towers == 2:
+        torch.distributed.init_process_group(
+            "gloo", init_method=case["store"], rank=tower, world_size=2
+        )
+        assert torch.distributed.group.WORLD
+        pair = Pair(torch.distributed.group.WORLD)
+    share = Tower(
+        network, seed=0, towers=towers, tower=tower, compute=getattr(torch, case["precision"])
+    )
+    mean = torch.full((network.crop, network.crop, 3), 120.0)
+    return Trainer(share, SGD(share.weights(), rate=0.001), mean, seed=0, pair=pair)
+
+
+def towers(case: dict[str, Any]) -> Callable[[int], None]:
+    """A step of ours."""
+    network = build("alexnet", CLASSES, lrn=case.get("lrn", True))
+    ours, batch = trainer(case, network), images(case["batch"], network.crop)
+    return lambda step: ours.step(batch, step) and None  # type: ignore[func-returns-value]
+
+
+def gemm_rate(precision: str) -> float:
+    """Floating-point operations a second of a product of 2048 x 2048 matrices, the best of ten."""
+    a = torch.randn(2048, 2048).to(getattr(torch, precision))
+    return 2 * 2048**3 / min(_seconds(lambda: a @ a) for _ in range(10))
+
+
+def _seconds(job: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def work(network: Network) -> int:
+    """Operations of an image's step: a multiply-add is two, backward is twice the forward but for
+    the first layer, whose input needs no gradient.
+    """
+    costs = [network.multiply_adds(index) for index in range(len(network.layers))]
+    return 2 * (3 * sum(costs) - costs[0])
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    """Runs one case in this process."""
+    threads = max(1, case["cores"] // case.get("towers", 1))
+    if case.get("allocator", True):
+        host.prepare(threads)
+    torch.set_num_threads(threads)
+    rate = gemm_rate(case["precision"])
+    step = (plain if case["name"] == "plain" else towers)(case)
+    for warm in range(2):
+        step(warm)
+    seconds = min(_seconds(lambda n=n: step(n)) for n in range(2, 2 + case["steps"]))  # type: ignore[misc]
+    speed = case["batch"] / seconds
+    network = build("alexnet", CLASSES)
+    mfu = speed * work(network) / (rate * case.get("towers", 1))
+    return {"images/s": speed, "GEMM GFLOP/s": rate / 1e9, "MFU": mfu}
+
+
+def spawn(case: dict[str, Any]) -> dict[str, Any]:
+    """Runs one case in a process of its own, or its two towers in two."""
+    count = case.get("towers", 1)
+    store = f"file:///tmp/towers-step-{os.getpid()}-{time.monotonic_ns()}"
+    ranks = []
+    for tower in range(count):
+        one = json.dumps({**case, "tower": tower, "store": store})
+        command = [sys.executable, __file__, "--case", one]
+        ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    answers = [rank.communicate()[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise SystemExit(f"{case} failed")
+    return dict(json.loads(answers[0].splitlines()[-1]))
+
+
+def cases(batch: int, steps: int, cores: int) -> list[tuple[str, dict[str, Any]]]:
+    """Rows, each with what to run; rows of one name are layouts, of which the best counts."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    common = {"batch": batch, "steps": steps, "cores": cores}
+    for precision in ("float32", "bfloat16"):
+        base = {**common, "precision": precision}
+        for kind, more in (
+            ("as people run it", {"allocator": False}),
+            ("our allocator settings", {}),
+            ("our allocator settings, compiled", {"compiled": True}),
+        ):
+            for layout in ("channels-first", "channels-last"):
+                name = f"plain {precision}, {kind}"
+                found.append((name, {**base, "name": "plain", "layout": layout, **more}))
+        found.append((f"towers {precision}", {**base, "name": "towers"}))
+        found.append(
+            (f"towers {precision}, two processes", {**base, "name": "towers", "towers": 2})
+        )
+        found.append((f"towers {precision}, no LRN", {**base, "name": "towers", "lrn": False}))
+    return found
+
+
+def kept(batch: int, precision: str) -> list[dict[str, Any]]:
+    """The tensors that forward keeps for backward, by size; weights apart."""
+    network = build("alexnet", CLASSES)
+    ours = trainer({"precision": precision}, network)
+    weights = {p.untyped_storage().data_ptr() for p in ours.tower.parameters()}
+    seen: dict[int, dict[str, Any]] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        place = x.untyped_storage().data_ptr()
+        if place not in weights:
+            row = {"tensor": str(list(x.shape)), "dtype": str(x.dtype).removeprefix("torch.")}
+            seen.setdefault(place, {**row, "MiB": x.untyped_storage().nbytes() / 2**20})
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        ours.gradients(images(batch, network.crop), 0)
+    rows = sorted(seen.values(), key=lambda row: -row["MiB"])
+    return [*rows, {"tensor": "all", "MiB": sum(row["MiB"] for row in rows)}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument(
+        "--steps", type=int, default=3, help="timed steps, of which the best counts"
+    )
+    parser.add_argument("--only", default="", help="rows whose name has this")
+    parser.add_argument("--memory", action="store_true", help="what a step keeps for backward")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(measure(json.loads(options.case))))
+        return
+    if options.memory:
+        publish("kept for backward", kept(options.batch, "float32"), options.json)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    best: dict[str, dict[str, Any]] = {}
+    for name, case in cases(options.batch, options.steps, cores or 1):
+        if options.only not in name:
+            continue
+        found = spawn(case)
+        print(f"{name} {case.get('layout', '')}: {found['images/s']:.1f} images/s", file=sys.stderr)
+        if name not in best or found["images/s"] > best[name]["images/s"]:
+            best[name] = {"step": name, "layout": case.get("layout", "channels-last"), **found}
+    for name, row in best.items():
+        precision = "bfloat16" if "bfloat16" in name else "float32"
+        for column, against in (
+            ("to plain", f"plain {precision}, as people run it"),
+            ("to it with our allocator", f"plain {precision}, our allocator settings"),
+            ("to plain float32", "plain float32, as people run it"),
+            ("to no LRN", f"towers {precision}, no LRN"),
+        ):
+            if against in best:
+                row[column] = row["images/s"] / best[against]["images/s"]
+    publish(f"alexnet, batch {options.batch}, {cores} cores", list(best.values()), options.json)
+
+
+if __name__ == "__main__":
+    main()
