@@ -34,7 +34,7 @@ from table import publish
 
 PHOTOGRAPHS = "shared/data/imagenet-sample/ILSVRC2012_img_train.tar"  # beside the repository
 SIZE, CROP, BATCH = 256, 224, 128
-COPIES = 40  # of the photographs: an epoch that is too short shows how epochs begin
+COPIES = 20  # of the photographs: an epoch that is too short shows how epochs begin
 
 Batches = Iterator[Any]
 
