@@ -47,10 +47,16 @@ class Slow(Fleet):
         return super().load(index, replica, loaders)
 
 
-def feed_of(shards: str, augmenters: str, pause: float = 0.0, epochs: int = 1) -> tuple[Any, int]:
+def feed_of(
+    shards: str,
+    augmenters: str,
+    pause: float = 0.0,
+    epochs: int = 1,
+    network: str = "alexnet-mini",
+) -> tuple[Any, int]:
     """A feed that runs, and how many batches it has."""
     given = {
-        "network": "alexnet-mini",
+        "network": network,
         "batch": BATCH,
         "towers": 1,
         "run": "none",

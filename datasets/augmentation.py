@@ -93,10 +93,24 @@ def ten_crops(pixels: Pixels, crop: int) -> Pixels:
     """
     _check(pixels, crop)
     low, right = (side - crop for side in pixels.shape[:2])
-    places = ((0, 0), (0, right), (low, 0), (low, right))
-    five = [pixels[top : top + crop, left : left + crop] for top, left in places]
-    five.append(centre_crop(pixels, crop))
-    return np.stack([*five, *(view[:, ::-1] for view in five)])
+    places = ((0, 0), (0, right), (low, 0), (low, right), (low // 2, right // 2))
+    ten = np.empty((10, crop, crop, 3), np.uint8)
+    for number, (top, left) in enumerate(places):
+        ten[number] = pixels[top : top + crop, left : left + crop]
+        put(ten[number, :, ::-1], ten[number + 5])
+    return ten
+
+
+def put(pixels: Pixels, out: Pixels) -> None:
+    """Copies `pixels` uint8 [H, W, 3] to `out`, of the same shape.
+
+    NumPy goes through a mirrored image byte by byte; one colour at a time is five times as fast.
+    """
+    if pixels.strides[1] > 0:
+        out[:] = pixels
+    else:
+        for colour in range(3):
+            out[..., colour] = pixels[..., colour]
 
 
 def evaluation_views(pixels: Pixels, crop: int, views: Literal[1, 10]) -> Pixels:
@@ -172,7 +186,7 @@ class Loader:
         for kept, (record, pixels) in enumerate(self.images(rows, batch.faults)):
             if train:
                 rng = generator(self.seed, epoch, record.row)
-                batch.crops[kept] = train_crop(pixels, self.aug, rng)
+                put(train_crop(pixels, self.aug, rng), batch.crops[kept])
                 if self.colour is not None:
                     batch.shifts[kept] = colour_shift(self.colour, self.aug.colour, rng)
             else:

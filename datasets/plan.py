@@ -27,7 +27,7 @@ class Plan:
 
     def __init__(
         self,
-        groups: Sequence[int],
+        groups: Sequence[int] | RowNumbers,
         batch: int,
         *,
         seed: int,
@@ -83,13 +83,14 @@ class Plan:
 
 def _windows(sizes: RowNumbers, window: int) -> RowNumbers:
     """Where windows begin among the groups, and the end: a group opens one if the last is full."""
-    bounds, held = [0], 0
-    for group, size in enumerate(sizes.tolist()):
-        if held >= window:
-            bounds.append(group)
-            held = 0
-        held += size
-    return np.array([*bounds, len(sizes)] if len(sizes) else [0])
+    ends = np.cumsum(sizes)
+    # For each group: the one after the first that fills a window which begins with it.
+    following = np.searchsorted(ends, ends - sizes + window) + 1
+    bounds, group = [], 0
+    while group < len(sizes):
+        bounds.append(group)
+        group = int(following[group])
+    return np.array([*bounds, len(sizes)])
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ class Itinerary:
             raise ValueError(f"steps is {steps}: 1 or more")
         if held_out and held_out[0] == "train":
             raise ValueError("held_out is 'train': another split")
-        self.train_groups, self.batch, self.seed = tuple(train_groups), batch, seed
-        self.steps_per_epoch = -(-sum(self.train_groups) // batch)
+        self.train_groups, self.batch, self.seed = np.asarray(train_groups, np.int64), batch, seed
+        self.steps_per_epoch = -(-int(self.train_groups.sum()) // batch)
         if not self.steps_per_epoch:
             raise ValueError("train_groups holds no row: 1 or more")
         self.total_steps = min(
@@ -156,6 +157,7 @@ class Itinerary:
         self._passes = -(-sum(self._held_out_groups) // batch)
         self.held_out = held_out[0] if held_out and self._passes else None
         self._stride = evaluate_every * self.steps_per_epoch
+        self._plans: dict[int, Plan] = {}
 
     def __len__(self) -> int:
         return self.after(self.total_steps, True)
@@ -194,14 +196,19 @@ class Itinerary:
         """Rows of item i, int64 [n], counted within its split in file order."""
         item = self.item(i)
         if item.training:
-            return _plan(self.train_groups, self.batch, self.seed, item.epoch).batch_rows(
-                item.batch
-            )
+            return self._plan(item.epoch).batch_rows(item.batch)
         start = item.batch * self.batch
         stop = min(start + self.batch, sum(self._held_out_groups))
         return np.arange(start, stop, dtype=np.int64)
 
+    def _plan(self, epoch: int) -> Plan:
+        """The plan of an epoch; those of the last two are kept, as a stream goes from one on to the
+        next.
+        """
+        if epoch not in self._plans:
+            plan = Plan(self.train_groups, self.batch, seed=self.seed, epoch=epoch, shuffle=True)
+            self._plans = {**dict(list(self._plans.items())[-1:]), epoch: plan}
+        return self._plans[epoch]
 
-@lru_cache(maxsize=2)
-def _plan(groups: tuple[int, ...], batch: int, seed: int, epoch: int) -> Plan:
-    return Plan(groups, batch, seed=seed, epoch=epoch, shuffle=True)
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_plans": {}}

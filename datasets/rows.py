@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from datasets import DataError
@@ -32,11 +33,18 @@ class BadRow(DataError):
 
 @dataclass
 class _Group:
-    """A row group in memory."""
+    """A row group in memory: its columns, where it begins within the split, and in which file.
+
+    `paths` and `labels` may be None, as may each label.
+    """
 
     images: Any
-    labels: Any
+    paths: Any
+    labels: list[int | None] | None
     bytes: int
+    start: int
+    shard: str
+    first: int
 
 
 @dataclass
@@ -85,13 +93,10 @@ class Rows:
 
     def _record(self, number: int, row: int) -> Record:
         group = self._group(number)
-        shard_number, index = self._locate(number)
-        shard = self._shards[shard_number]
-        at = row - (int(self._ends[number - 1]) if number else 0)
-        place = f"{shard.name} row {sum(shard.groups[:index]) + at}"
-        image, path = group.images[at].as_py(), None
-        if isinstance(image, dict):
-            image, path = image["bytes"], image.get("path")
+        at = row - group.start
+        place = f"{group.shard} row {group.first + at}"
+        image = group.images[at].as_py()
+        path = None if group.paths is None else group.paths[at].as_py()
         if not image and path:
             raise BadRow(
                 f"{place}: {self.dataset.image!r} holds a path, {path}, and no bytes; "
@@ -101,7 +106,7 @@ class Rows:
             raise BadRow(f"{place}: {self.dataset.image!r} is empty; remove the row")
         if group.labels is None:
             return Record(image, -1, place, row, path)
-        label, classes = group.labels[at].as_py(), len(self.dataset.classes)
+        label, classes = group.labels[at], len(self.dataset.classes)
         if label is None or not 0 <= label < classes:
             what = "is empty" if label is None else f"is {label}, outside 0 to {classes - 1}"
             raise BadRow(f"{place}: {self.dataset.label!r} {what}; correct or remove the row")
@@ -132,7 +137,19 @@ class Rows:
                 f"{shard.path}: row group {index} has {len(table)} rows and had "
                 f"{shard.groups[index]}; the file changed: start again"
             )
-        self._cache[number] = group = _Group(images, labels[0] if labels else None, table.nbytes)
+        paths = None
+        if pa.types.is_struct(images.type):
+            fields = dict(zip(images.type.names, images.flatten(), strict=True))
+            images, paths = fields["bytes"], fields.get("path")
+        self._cache[number] = group = _Group(
+            images,
+            paths,
+            labels[0].to_pylist() if labels else None,
+            table.nbytes,
+            int(self._ends[number - 1]) if number else 0,
+            shard.name,
+            sum(shard.groups[:index]),
+        )
         while len(self._cache) > 1 and (
             len(self._cache) > self.cache_groups
             or sum(kept.bytes for kept in self._cache.values()) > self.cache_bytes

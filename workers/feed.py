@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-import torch
 
-from datasets import DataError
 from datasets.augmentation import Loader
-from pipeline.training import Images
-from workers.fleet import READ_AHEAD, Fleet, Packed, Part, Watch, pack, unpack
+from workers.fleet import READ_AHEAD, Fleet, Packed, Watch, pack
 
 STALL_SECONDS = 10.0
 """Without a batch that ranks wait for, before the fleet is started anew; longer for slow fleets."""
@@ -24,13 +19,7 @@ STALL_SECONDS = 10.0
 FIRST_SECONDS = 60.0
 """The same before the first batch, while actors start."""
 
-FETCH_SECONDS = 5.0
-"""That a rank waits for a part's bytes before it asks for the part anew."""
-
 TRIES = 3  # streams in a row that may break before they bring anything
-
-# Blocks lie in shared memory that is read-only; nothing here writes to crops.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 class Feed:
@@ -236,64 +225,3 @@ class _Held:
     pixels_left: int
     left: int
     part: Packed | None = None
-
-
-class Stream:
-    """A rank's view of the feed: its replica's images, item after item from `start` to `stop`.
-
-    Without `pixels`, only labels and places come. A thread fetches what comes next while the rank
-    computes. `waited` (seconds that the rank stood still for data) adds up; `skipped`, `faults` and
-    `node` (that made it) are those of the last item.
-    """
-
-    def __init__(
-        self, feed: Any, replica: int, start: int, stop: int, *, pixels: bool = True
-    ) -> None:
-        self.waited, self.skipped, self.pixels = 0.0, 0, pixels
-        self.faults: list[str] = []
-        self.node = ""
-        self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
-        threading.Thread(target=self._fetch, args=(feed, replica, start, stop), daemon=True).start()
-
-    def next(self) -> Images | None:
-        """The next item's images, None if the run is to end before it.
-
-        Raises DataError for data that the run may not go on without.
-        """
-        start = time.perf_counter()
-        part = self._ready.get()
-        self.waited += time.perf_counter() - start
-        if isinstance(part, BaseException):
-            raise part
-        if part is None:
-            return None
-        if part.error:
-            raise DataError(part.error)
-        batch = part.batch
-        self.skipped, self.faults, self.node = batch.skipped, batch.faults, part.node
-        arrays = (batch.crops, batch.labels, batch.shifts, part.places)
-        return Images(*map(torch.from_numpy, arrays))
-
-    def _fetch(self, feed: Any, replica: int, start: int, stop: int) -> None:
-        try:
-            asked = feed.take.remote(start, replica, self.pixels) if start < stop else None
-            for index in range(start, stop):
-                taken = ray.get(asked)
-                if taken is None:
-                    self._ready.put(None)
-                    return
-                # The next answer comes while this block is on its way.
-                more = index + 1 < stop
-                asked = feed.take.remote(index + 1, replica, self.pixels) if more else None
-                self._ready.put(self._unpacked(taken, feed, index, replica))
-        except BaseException as error:
-            self._ready.put(error)
-
-    def _unpacked(self, taken: list[Any], feed: Any, index: int, replica: int) -> Part:
-        refs = [ref for ref in taken if ref]
-        try:
-            tables = ray.get(refs, timeout=FETCH_SECONDS)
-        except ray.exceptions.RayError:  # lost with its node, or out of reach
-            taken = ray.get(feed.again.remote(index, replica, self.pixels))
-            tables = ray.get([ref for ref in taken if ref])
-        return unpack(tables[0] if self.pixels else None, tables[-1])

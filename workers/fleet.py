@@ -17,6 +17,12 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+from ray.data._internal.execution.interfaces import TaskContext
+from ray.data._internal.logical.interfaces import LogicalPlan
+from ray.data._internal.logical.operators import FromBlocks
+from ray.data._internal.stats import DatasetStats
+from ray.data.block import BlockMetadataWithSchema
+from ray.data.dataset import MaterializedDataset
 
 from datasets import DataError
 from datasets.augmentation import Augmentation, Batch, Loader
@@ -26,10 +32,11 @@ from datasets.statistics import Statistics, Sums, sums_of_groups
 from workers.config import Config
 from workers.placement import Placement
 
-SEGMENT = 2048  # blocks of one execution; Ray Data wants to know all of its input at the start
+SEGMENT = 16384  # blocks of one execution; Ray Data wants to know all of its input at the start
 READ_AHEAD = 8  # finished batches that wait for the towers
 GROUPS_ROWS = 2048  # rows that a task of `measure` goes through
-RUNNING = 2  # blocks that an augmenter works on or has next
+AHEAD = 4, 8  # blocks that an augmenter works on or has next, for large and for small ones
+AHEAD_BYTES = 16 << 20  # of crops, if that is between the two
 
 
 @dataclass(frozen=True)
@@ -106,21 +113,23 @@ class Fleet:
         """Item, replica and packed part of each item from `start` on, in order, without end until
         the itinerary's. Closing the iterator ends the execution behind it.
         """
-        blocks = [(i, r) for i in range(start, len(self.itinerary)) for r in range(self.replicas)]
+        blocks = range(start * self.replicas, len(self.itinerary) * self.replicas)
         for first in range(0, len(blocks), SEGMENT):
             segment = blocks[first : first + SEGMENT]
-            parts = self._execute(segment, watch)
-            for (index, replica), part in zip(segment, parts, strict=True):
-                yield index, replica, part
+            for block, part in zip(segment, self._execute(segment, watch), strict=True):
+                yield *self.named(block), part
 
-    def _execute(self, blocks: list[tuple[int, int]], watch: Watch) -> Iterator[Packed]:
+    def named(self, block: int) -> tuple[int, int]:
+        """Item and replica of a block, counted from the run's start."""
+        return divmod(block, self.replicas)
+
+    def _execute(self, blocks: range, watch: Watch) -> Iterator[Packed]:
         low, high = self.config.fleet
         resources = dict(self.where.augmenter)
-        self._set_context(watch, high)
-        tables = [pa.table({"item": [i], "replica": [r]}) for i, r in blocks]
-        parts = ray.data.from_blocks(tables).map_batches(
+        running = self._set_context(watch, high)
+        parts = _alike(len(blocks)).map_batches(
             Augmenter,
-            fn_constructor_args=(self,),
+            fn_constructor_args=(self, blocks),
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,
@@ -130,7 +139,7 @@ class Fleet:
                 min_size=low,
                 max_size=high,
                 initial_size=low,
-                max_tasks_in_flight_per_actor=RUNNING,
+                max_tasks_in_flight_per_actor=running,
             ),
         )
         bundles = parts.iter_internal_ref_bundles()
@@ -139,8 +148,11 @@ class Fleet:
             rest = next(made) if self.apart else pixels
             yield Packed(pixels.ref, rest.ref, pixels.metadata.exec_stats.node_id)
 
-    def _set_context(self, watch: Watch, high: int) -> None:
-        """Ray Data's settings of this process: order kept, memory bounded, silence."""
+    def _set_context(self, watch: Watch, high: int) -> int:
+        """Ray Data's settings of this process: order kept, memory bounded, silence.
+
+        Returns how many blocks each augmenter is to have at a time.
+        """
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         images = -(-self.config.batch // self.replicas)
         size = images * (self.crop * self.crop * 3 + 32) + 4096
@@ -151,22 +163,26 @@ class Fleet:
         context.custom_execution_callback_classes = [watch.callback()]
         options = context.execution_options
         options.preserve_order = True
+        # Ray Data looks after its actors ten times a second: what they have must last till then.
+        running = min(max(AHEAD_BYTES // size, AHEAD[0]), AHEAD[1])
         # What lives, from a task's start until the towers let go of the block.
-        living = self.replicas * READ_AHEAD + high * (RUNNING + 1)
+        living = self.replicas * READ_AHEAD + high * (running + 1)
         options.resource_limits = ExecutionResources.for_limits(object_store_memory=living * size)
+        return running
 
 
 class Augmenter:
     """One actor of the fleet."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self.fleet = fleet
+    def __init__(self, fleet: Fleet, blocks: range) -> None:
+        self.fleet, self.blocks = fleet, blocks
         self.loaders: dict[str, Loader] = {}
         self.node = ray.get_runtime_context().get_node_id()
 
-    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
-        row = block.to_pylist()[0]
-        part = self.fleet.load(row["item"], row["replica"], self.loaders)
+    def __call__(self, _: pa.Table) -> Iterator[pa.Table]:
+        task = TaskContext.get_current()
+        assert task
+        part = self.fleet.load(*self.fleet.named(self.blocks[task.task_idx]), self.loaders)
         yield from pack(replace(part, node=self.node), self.fleet.apart)
 
 
@@ -204,6 +220,18 @@ class Watch:
     def augmenters(self) -> int:
         """Augmenters that run."""
         return sum(op.get_actor_info().running for op in self.operators)
+
+
+def _alike(n: int) -> Any:
+    """A Ray Data set of `n` blocks, all of them the same empty one: a task knows by its number what
+    to make. `ray.data.from_blocks` would take a millisecond to store each.
+    """
+    block = pa.table({"none": [None]})
+    named = [BlockMetadataWithSchema.from_block(block)] * n
+    source = FromBlocks([ray.put(block)] * n, named)
+    context = DataContext.get_current().copy()
+    stats = DatasetStats(metadata={"FromBlocks": named[:1]}, parent=None)
+    return MaterializedDataset(LogicalPlan(source, context), context, stats)
 
 
 def pack(part: Part, apart: bool) -> tuple[pa.Table, ...]:

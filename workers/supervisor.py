@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -21,7 +22,6 @@ from datasets.statistics import Statistics
 from pipeline.network import Network
 from pipeline.tracing import Span
 from workers import cluster, placement
-from workers.actors import Actors
 from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import check_classes, classes_of, drawn, keep, statistics_of
@@ -30,7 +30,10 @@ from workers.fleet import Fleet
 from workers.placement import Placement
 from workers.progress import Progress
 from workers.run import RunFolder
-from workers.towers import Job
+
+if TYPE_CHECKING:
+    from workers.actors import Actors
+    from workers.towers import Job
 
 LOOK_SECONDS = 2.0  # between looks at what `towers scale` wants
 PLACES = ("nodes", "lost")  # of the fleet: those it has parts of now, those that are gone
@@ -57,6 +60,8 @@ def train(
         dataset.shards("train")
         check_classes(dataset)
     folder = RunFolder(config, resume=None if deaths else resume)
+    # torch takes seconds to be imported, and Ray to start: both at a time.
+    threading.Thread(target=import_module, args=("workers.actors",), daemon=True).start()
     with connected():
         where = placement.decide(placement.cluster_nodes(), config)
         if not config.shards:
@@ -83,6 +88,8 @@ def _job(
     statistics: Statistics,
     folder: RunFolder,
 ) -> Job:
+    from workers.towers import Job
+
     held_out = dataset.held_out
     itinerary = Itinerary(
         dataset.groups("train"),
@@ -124,6 +131,8 @@ class _Run:
         self.seen: tuple[Any, ...] = ()
 
     def result(self) -> dict[str, Any]:
+        from workers.actors import Actors
+
         while True:
             group = placement.reserve(self.job.placement)
             try:

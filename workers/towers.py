@@ -24,9 +24,9 @@ from pipeline.tower import Tower
 from pipeline.tracing import clock
 from pipeline.training import Images, NotANumber, Totals, Trainer
 from workers.config import Config
-from workers.feed import Stream
 from workers.placement import Placement
 from workers.run import check_visible, checkpoint_url
+from workers.stream import Stream
 
 REPORT_SECONDS = 1.0
 PROFILED = range(4, 12)  # steps since the start that a profile shows: the first ones warm up

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from datasets import DataError
 from datasets.images import decode, encode, fit
@@ -57,6 +57,27 @@ def test_the_first_frame_counts() -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     data = stored(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode(data, "x")[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_every_kind_of_jpeg_has_pillows_own_bits(mode: str) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    kinds: list[dict[str, object]] = [{"progressive": True}, {"restart_marker_rows": 1}]
+    kinds += [{"subsampling": s} for s in (0, 1, 2)] + [{"keep_rgb": True}, {"exif": turned}]
+    for height, width in ((1, 1), (17, 33), (64, 48)):
+        image = Image.fromarray(ramp(height, width)).convert(mode)
+        for kind in kinds:
+            data = stored(image, "JPEG", quality=90, **kind)
+            want = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+            assert decode(data, "x").tolist() == np.asarray(want).tolist(), kind
+
+
+def test_a_jpeg_that_ends_early_is_named() -> None:
+    data = encode(ramp(64, 64))
+    for end in range(0, len(data) - 2, 97):
+        with pytest.raises(DataError, match="x"):
+            decode(data[:end], "x")
 
 
 @pytest.mark.parametrize("data", [b"", b"text", encode(ramp(64, 64))[:300]])

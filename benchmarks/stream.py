@@ -1,0 +1,285 @@
+"""How fast crops come, against bare loops and other libraries on the same cores and files.
+
+    python benchmarks/stream.py [--json FILE]
+
+Each delivers shuffled batches of 128 random 224x224 crops in uint8, half of them mirrored, from
+JPEGs of 256x256 pixels that `towers prepare` made of photographs. Rates are divided by the cores in
+use and compared with a bare loop of Pillow calls in one process. The other libraries decode with
+Pillow; WebDataset and MosaicML Streaming are left out where they are not installed. MosaicML's pins
+shut out our NumPy: `pip install --no-deps` is a way to have it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import io
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+from table import publish
+
+PHOTOGRAPHS = "shared/data/imagenet-sample/ILSVRC2012_img_train.tar"  # beside the repository
+SIZE, CROP, BATCH = 256, 224, 128
+COPIES = 20  # of the photographs: an epoch that is too short shows how epochs begin
+
+Batches = Iterator[Any]
+
+
+def source(folder: str) -> str:
+    """Photographs for `towers prepare`: ILSVRC's where they are at hand, else drawn ones."""
+    found = Path(__file__).resolve().parents[2] / PHOTOGRAPHS
+    if found.exists():
+        return str(found)
+    rng = np.random.default_rng(0)
+    for number in range(500):
+        place = Path(folder, "photographs", f"class{number % 10}")
+        place.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(np.int16)
+        noisy = (pixels + rng.normal(0, 12, pixels.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(place / f"{number}.jpg", quality=90)
+    return f"{folder}/photographs"
+
+
+def prepare(folder: str) -> str:
+    """Shards that hold the photographs `COPIES` times, with their statistics."""
+    shards = f"{folder}/shards"
+    command = [sys.executable, "-m", "workers.cli", "prepare", source(folder), f"{folder}/once"]
+    subprocess.run(command, check=True, capture_output=True)
+    os.makedirs(shards)
+    files = sorted(glob.glob(f"{folder}/once/train-*.parquet"))
+    for number, path in enumerate(files * COPIES):
+        os.link(path, f"{shards}/train-{number:05d}-of-{len(files) * COPIES:05d}.parquet")
+    os.link(f"{folder}/once/statistics.npz", f"{shards}/statistics.npz")
+    return shards
+
+
+def encoded(path: str) -> list[bytes]:
+    """The JPEGs in a shard."""
+    return [row["bytes"] for row in pq.read_table(path, columns=["image"])["image"].to_pylist()]
+
+
+def shuffled(shards: str) -> Iterator[bytes]:
+    """JPEGs without end: files in random order, images within eight files."""
+    files = glob.glob(f"{shards}/*.parquet")
+    while True:
+        random.shuffle(files)
+        for first in range(0, len(files), 8):
+            images = [data for path in files[first : first + 8] for data in encoded(path)]
+            random.shuffle(images)
+            yield from images
+
+
+def pillow_crop(data: bytes) -> np.ndarray:
+    """A random crop, as people write it."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    left, top = random.randint(0, SIZE - CROP), random.randint(0, SIZE - CROP)
+    image = image.crop((left, top, left + CROP, top + CROP))
+    if random.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(image)
+
+
+def pillow_loop(shards: str, cores: int) -> Batches:
+    images = shuffled(shards)
+    while True:
+        batch = np.empty((BATCH, CROP, CROP, 3), np.uint8)
+        for crop in batch:
+            crop[:] = pillow_crop(next(images))
+        yield batch
+
+
+def best_loop(shards: str, cores: int) -> Batches:
+    import simplejpeg
+
+    images = shuffled(shards)
+    pixels = np.empty((SIZE, SIZE, 3), np.uint8)
+    while True:
+        batch = np.empty((BATCH, CROP, CROP, 3), np.uint8)
+        for crop in batch:
+            simplejpeg.decode_jpeg(next(images), buffer=pixels)
+            left, top = random.randint(0, SIZE - CROP), random.randint(0, SIZE - CROP)
+            seen = pixels[top : top + CROP, left : left + CROP]
+            if random.random() < 0.5:
+                for colour in range(3):  # five times as fast as all at once
+                    crop[..., colour] = seen[:, ::-1, colour]
+            else:
+                crop[:] = seen
+        yield batch
+
+
+class Photographs:
+    """What torch's DataLoader takes: any image by its number."""
+
+    def __init__(self, shards: str) -> None:
+        self.images = [data for path in glob.glob(f"{shards}/*.parquet") for data in encoded(path)]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return pillow_crop(self.images[index])
+
+
+def data_loader(shards: str, cores: int) -> Batches:
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(
+        Photographs(shards),  # type: ignore[arg-type]
+        BATCH,
+        shuffle=True,
+        num_workers=cores,
+        persistent_workers=True,
+        drop_last=True,
+    )
+    while True:
+        yield from loader
+
+
+def web_dataset(shards: str, cores: int) -> Batches:
+    import webdataset
+
+    folder, urls = tempfile.mkdtemp(dir=Path(shards).parent), []
+    for number, path in enumerate(glob.glob(f"{shards}/*.parquet")):
+        urls.append(f"{folder}/{number:05d}.tar")
+        with tarfile.open(urls[-1], "w") as tar:
+            for index, data in enumerate(encoded(path)):
+                member = tarfile.TarInfo(f"{number:05d}{index:05d}.jpg")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    data = webdataset.WebDataset(urls, resampled=True, shardshuffle=False).shuffle(500)
+    data = data.to_tuple("jpg").map_tuple(pillow_crop).batched(BATCH, partial=False)
+    for (batch,) in webdataset.WebLoader(data, batch_size=None, num_workers=cores):
+        yield batch
+
+
+def mosaic(shards: str, cores: int) -> Batches:
+    from streaming import MDSWriter, StreamingDataset
+    from torch.utils.data import DataLoader
+
+    folder = tempfile.mkdtemp(dir=Path(shards).parent)
+    with MDSWriter(out=folder, columns={"image": "bytes"}) as writer:
+        for path in glob.glob(f"{shards}/*.parquet"):
+            for data in encoded(path):
+                writer.write({"image": data})
+
+    class Crops(StreamingDataset):
+        def __getitem__(self, index: int) -> np.ndarray:
+            return pillow_crop(super().__getitem__(index)["image"])
+
+    data = Crops(local=folder, shuffle=True, batch_size=BATCH)
+    loader = DataLoader(data, BATCH, num_workers=cores, persistent_workers=True, drop_last=True)
+    while True:
+        yield from loader
+
+
+def ray_data(shards: str, cores: int) -> Batches:
+    import ray
+
+    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def crops(batch: dict[str, Any]) -> dict[str, Any]:
+        images = random.sample(list(batch["image"]), len(batch["image"]))
+        return {"crop": np.stack([pillow_crop(image["bytes"]) for image in images])}
+
+    while True:
+        images = ray.data.read_parquet(shards, file_extensions=["parquet"], shuffle="files")
+        crop = images.map_batches(crops, batch_size=BATCH)
+        for batch in crop.iter_batches(batch_size=BATCH, drop_last=True):
+            yield batch["crop"]
+
+
+def fleet(shards: str, cores: int) -> Batches:
+    import ray
+    from fleet import feed_of, parts
+
+    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
+    feed, batches = feed_of(shards, f"{cores}:{cores}", epochs=100, network="alexnet")
+    for _, part in parts(feed, 0, batches):
+        yield part.batch.crops
+
+
+STREAMS: dict[str, tuple[Callable[[str, int], Batches], bool]] = {
+    "bare loop, Pillow": (pillow_loop, False),
+    "bare loop, the best we know": (best_loop, False),
+    "torch DataLoader": (data_loader, True),
+    "WebDataset": (web_dataset, True),
+    "MosaicML Streaming": (mosaic, True),
+    "Ray Data": (ray_data, True),
+    "Towers": (fleet, True),
+}
+"""What delivers, and whether it uses all cores."""
+
+
+def rate(name: str, shards: str, cores: int, seconds: float) -> float | None:
+    """Images a second, once it flows; None without its package. Runs in a process of its own."""
+    random.seed(0)
+    start, images = 0.0, 0
+    try:
+        for number, batch in enumerate(STREAMS[name][0](shards, cores)):
+            assert tuple(batch.shape) == (BATCH, CROP, CROP, 3)
+            int(batch[:, ::CROP, ::CROP].sum())  # somebody looks at it
+            if number == 2 * cores + 8:
+                start = time.perf_counter()
+            elif start:
+                images += BATCH
+                if time.perf_counter() - start > seconds:
+                    break
+    except ImportError as error:
+        print(f"{name}: left out ({error})", file=sys.stderr)
+        return None
+    return images / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each turn of each")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=list(STREAMS), help="these alone")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here, and FILE.md")
+    args = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="towers-") as folder:
+        shards = prepare(folder)
+        for _ in range(args.turns):
+            for name in args.only:
+                spawn = multiprocessing.get_context("spawn")
+                with ProcessPoolExecutor(1, mp_context=spawn) as process:
+                    got = process.submit(rate, name, shards, cores, args.seconds).result()
+                if got:
+                    found.setdefault(name, []).append(got)
+    best = {name: max(rates) for name, rates in found.items()}
+    each = {name: best[name] / (cores if STREAMS[name][1] else 1) for name in best}
+    pillow, limit = (each.get(name) for name in list(STREAMS)[:2])
+    rows = [
+        {
+            "stream": name,
+            "cores": cores if STREAMS[name][1] else 1,
+            "images/s": best[name],
+            "a core": each[name],
+            "x Pillow": each[name] / pillow if pillow else None,
+            "of the best loop": each[name] / limit if limit else None,
+        }
+        for name in best
+    ]
+    publish("Crops of 224x224 pixels from JPEGs of 256x256, best of turns", rows, args.json)
+
+
+if __name__ == "__main__":
+    main()
