@@ -130,11 +130,17 @@ class _CrossLinear(torch.autograd.Function):
         _backward(ctx)
         x, x_other, weight = ctx.saved_tensors
         own, other = _halves(weight, ctx.pair.tower)
-        swap = ctx.pair.swap(grad @ other)
-        grad_t = grad.t()
-        grad_weight = _joined(grad_t @ x, grad_t @ x_other, ctx.pair.tower)
-        grad_x = grad @ own
-        return grad_x.add_(swap.wait()), grad_weight, grad.sum(0), None
+        before, here = ctx.needs_input_grad[:2]  # the same in both towers: what is trained
+        grad_x = grad_weight = grad_bias = None
+        swap = ctx.pair.swap(grad @ other) if before else None
+        if here:
+            grad_t = grad.t()
+            grad_weight = _joined(grad_t @ x, grad_t @ x_other, ctx.pair.tower)
+            grad_bias = grad.sum(0)
+        if swap:
+            grad_x = grad @ own
+            grad_x.add_(swap.wait())
+        return grad_x, grad_weight, grad_bias, None
 
 
 class _CrossConv2d(torch.autograd.Function):
@@ -156,14 +162,20 @@ class _CrossConv2d(torch.autograd.Function):
         x, x_other, weight = ctx.saved_tensors
         own, other = _halves(weight, ctx.pair.tower)
 
+        before, here = ctx.needs_input_grad[:2]
+
         def gradients(x: Tensor, w: Tensor, *mask: bool) -> tuple[Tensor, Tensor, Tensor]:
             stride, padding = [ctx.stride] * 2, [ctx.padding] * 2
             return torch.ops.aten.convolution_backward(
                 grad, x, w, [w.shape[0]], stride, padding, [1, 1], False, [0, 0], 1, mask
             )
 
-        swap = ctx.pair.swap(gradients(x_other, other, True, False, False)[0])
-        grad_x, grad_own, grad_bias = gradients(x, own, True, True, True)
-        grad_other = gradients(x_other, other, False, True, False)[1]
-        grad_weight = _joined(grad_own, grad_other, ctx.pair.tower)
-        return grad_x.add_(swap.wait()), grad_weight, grad_bias, None, None, None
+        swap = ctx.pair.swap(gradients(x_other, other, True, False, False)[0]) if before else None
+        grad_x, grad_own, grad_bias = gradients(x, own, before, here, here)
+        grad_weight = None
+        if here:
+            grad_other = gradients(x_other, other, False, True, False)[1]
+            grad_weight = _joined(grad_own, grad_other, ctx.pair.tower)
+        if swap:
+            grad_x.add_(swap.wait())
+        return grad_x, grad_weight, grad_bias, None, None, None

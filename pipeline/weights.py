@@ -40,10 +40,20 @@ def read_weights(file: str, build: Callable[[int], Network]) -> tuple[Network, d
     layout.
 
     Caffe's arrays (those of bvlc_alexnet: maps x maps read x kernel, in two groups) have the shapes
-    of ours, but read blue first: conv1's channels are turned. Raises ValueError, naming file and
-    parameter with both shapes, if they are not those of the network.
+    of ours, but read blue first: conv1's channels are turned. Raises ValueError as `fitting` does,
+    and for a file that is not readable.
     """
-    found = _read(file)
+    return fitting(file, _read(file), build)
+
+
+def fitting(
+    file: str, found: dict[str, Tensor], build: Callable[[int], Network]
+) -> tuple[Network, dict[str, Tensor]]:
+    """The network that `build` makes for as many classes as the weights `found` in a file tell
+    apart, and them.
+
+    Raises ValueError, naming file and parameter with both shapes, if they are not the network's.
+    """
     last = f"{build(1000).layers[-1].name}.bias"
     if last not in found:
         raise ValueError(f"{file}: {last} is missing; there are {', '.join(sorted(found)[:20])}")

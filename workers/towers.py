@@ -95,6 +95,7 @@ class TowerActor:
             tower=tower,
             compute=getattr(torch, config.precision),
             layers=config.parts[stage],
+            frozen=config.frozen,
         ).to(device)
         self.line = placement.mesh.line(self.mesh, config.timeout)
         self.writer = checkpoint.Writer(self.mesh)

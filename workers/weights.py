@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
 from datasets.shards import open_dataset
 from pipeline import checkpoint
-from pipeline.optimizer import SGD
-from pipeline.tower import Tower
-from pipeline.weights import read_weights, write_weights
+from pipeline.weights import write_weights
 from workers.config import UserError, configure
-from workers.data import classes_of, keep, known_statistics
+from workers.data import classes_of, keep, kept_classes, known_statistics
+from workers.initial import read_initial
 from workers.run import RunFolder, checkpoint_url
 from workers.trained import pick_step
 
@@ -41,6 +41,8 @@ def export(run: str, file: str, step: int | None = None) -> dict[str, Any]:
     weights = checkpoint.load_weights(checkpoint_url(run, step))
     classes = len(weights[f"{config.build(1000).layers[-1].name}.bias"])
     about = {"network": config.network, "classes": str(classes), "step": str(step)}
+    if known := kept_classes(run):
+        about["names"] = json.dumps(known.names)
     try:
         write_weights(file, weights, about | {"recipe": config.to_toml()})
         parameters = sum(weight.numel() for weight in weights.values())
@@ -61,26 +63,19 @@ def import_(file: str, run: str, given: dict[str, Any]) -> dict[str, Any]:
     Raises UserError if they are not the network's or of other classes than the run's shards, or the
     run is there already; DataError if there are no such shards.
     """
-    config = configure({**given, "run": run})
-    try:
-        network, weights = read_weights(file, config.build)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    config = configure({**given, "run": run, "init": file})
+    initial = read_initial(config)
+    classes = initial.network.classes
     data = open_dataset(config.shards) if config.shards else None
-    if data and len(data.classes) != network.classes:
+    if data and len(data.classes) != classes:
         raise UserError(
-            f"{file} tells {network.classes} classes apart, {config.shards} has {len(data.classes)}"
+            f"{file} tells {classes} classes apart, {config.shards} has {len(data.classes)}"
         )
     folder = RunFolder(config, resume=False)
     folder.create()
     if data:
         keep(folder.url, classes_of(data), known_statistics(config.image, data.root))
-    tower = Tower(network, seed=config.seed)
-    tower.load_state_dict({f"blocks.{name}": weight for name, weight in weights.items()})
-    optimizer = SGD(tower.weights(), rate=config.rate, momentum=config.momentum)
-    progress = {"step": 0, "skipped": 0, "evaluations": []}
-    checkpoint.save(folder.checkpoint(0), tower, optimizer, progress, None)
-    folder.event("import", file=file)
+    initial.begin(folder, config)
     folder.close()
     sha = checkpoint.weights_sha256(folder.checkpoint(0))
-    return {"run": config.run, "classes": network.classes, "weights_sha256": sha}
+    return {"run": config.run, "classes": classes, "weights_sha256": sha}
