@@ -47,9 +47,14 @@ class Classifier:
         # In float64, so that classes that differ in their logits still differ here.
         total = torch.zeros((), dtype=torch.float64, device=self.mean.device)
         for some in crops.unbind(1):
-            pixels = (some.to(self.mean.device) - self.mean).mul_(self.scale)
-            total = total + self.tower(pixels.permute(0, 3, 1, 2), None).double().softmax(1)
+            total = total + self.logits(some).double().softmax(1)
         return (total / crops.shape[1]).cpu()
+
+    @torch.no_grad()
+    def logits(self, crops: Tensor) -> Tensor:
+        """Crops uint8 [n, crop, crop, 3] to logits [n, classes] on the network's device."""
+        pixels = (crops.to(self.mean.device) - self.mean).mul_(self.scale)
+        return self.tower(pixels.permute(0, 3, 1, 2), None)
 
 
 def average(predictions: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -12,25 +13,29 @@ import torch
 from torch import Tensor
 
 from pipeline.network import Network
+from pipeline.plain import MEAN
 
 CAFFE = re.compile(r"(?P<layer>\w+?)(?:[._/](?P<kind>weights?|bias(?:es)?|w|b|0|1))")
 """Names as people give them who take weights out of Caffe: conv1.weight, conv1_w, conv1/0."""
 
 
-def write_weights(file: str, weights: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Writes weights by whole-network names as `.safetensors`, with `about` beside them, or `.pt`.
+def packed(file: str, weights: dict[str, Tensor], about: dict[str, str]) -> bytes:
+    """What a file of this name holds for weights by whole-network names: `.safetensors`, with
+    `about` beside them, or `.pt`.
 
     Raises ValueError for another ending.
     """
     weights = {name: weight.contiguous() for name, weight in weights.items()}
     if file.endswith(".safetensors"):
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        save_file(weights, file, metadata={"format": "pt", **about})
-    elif file.endswith(".pt"):
-        torch.save({**weights}, file)
-    else:
-        raise ValueError(f"{file}: a name that ends in .safetensors or .pt is wanted")
+        data: bytes = save(weights, metadata={"format": "pt", **about})
+        return data
+    if file.endswith(".pt"):
+        buffer = io.BytesIO()
+        torch.save({**weights}, buffer)
+        return buffer.getvalue()
+    raise ValueError(f"{file}: a name that ends in .safetensors, .pt or .onnx is wanted")
 
 
 def read_weights(file: str, build: Callable[[int], Network]) -> tuple[Network, dict[str, Tensor]]:
@@ -43,7 +48,7 @@ def read_weights(file: str, build: Callable[[int], Network]) -> tuple[Network, d
     of ours, but read blue first: conv1's channels are turned. Raises ValueError as `fitting` does,
     and for a file that is not readable.
     """
-    return fitting(file, _read(file), build)
+    return fitting(file, {k: v for k, v in _read(file).items() if k != MEAN}, build)
 
 
 def fitting(
