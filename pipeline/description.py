@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.network import Network, Shape
-from pipeline.tower import Tower
+from pipeline.tower import Dropout, Tower
 
 
 @dataclass(frozen=True)
@@ -58,3 +58,33 @@ def describe(network: Network, *, towers: int = 2, batch: int = 128) -> list[Cos
             )
         )
     return costs
+
+
+def kept(network: Network, compute: torch.dtype = torch.float32) -> list[int]:
+    """Bytes that the forward pass of each layer keeps of one image for the backward pass, in one
+    process that holds the whole network: counted, in one that computes with any weights.
+    """
+    with torch.device("meta"):
+        tower = Tower(network, seed=0, compute=compute)
+    tower.to_empty(device="cpu")
+    x = torch.zeros(1, 3, network.crop, network.crop)
+    x = x.to(compute, memory_format=torch.channels_last)
+    dropout = Dropout(0, 0, torch.zeros(1, dtype=torch.int64))
+    own = {p.untyped_storage()._cdata for p in tower.parameters()}
+    known: dict[int, torch.Tensor] = {}  # alive, so that no two storages have one address
+    found = []
+    for block in tower.blocks.values():
+        before = set(known)
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            known.setdefault(tensor.untyped_storage()._cdata, tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            x = block(x, None, dropout)
+        new = known.keys() - before - own
+        weights = sum(p.numel() for p in block.parameters()) * compute.itemsize
+        sizes = (known[place].untyped_storage().nbytes() for place in new)
+        # Where products are in another dtype, the weights' copies are kept, once a batch.
+        found.append(sum(sizes) - (weights if compute is not torch.float32 else 0))
+    return found

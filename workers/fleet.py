@@ -142,8 +142,7 @@ class Fleet:
     def _set_context(self, watch: Watch, high: int) -> None:
         """Ray Data's settings of this process: order kept, memory bounded, silence."""
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        images = -(-self.config.batch // self.replicas)
-        size = images * (self.crop * self.crop * 3 + 32) + 4096
+        size = part_bytes(self.config, self.crop)
         context = DataContext.get_current()
         context.enable_progress_bars = False
         # Each half of a part is to be a block of its own, where there are halves.
@@ -151,9 +150,8 @@ class Fleet:
         context.custom_execution_callback_classes = [watch.callback()]
         options = context.execution_options
         options.preserve_order = True
-        # What lives, from a task's start until the towers let go of the block.
-        living = self.replicas * READ_AHEAD + high * (RUNNING + 1)
-        options.resource_limits = ExecutionResources.for_limits(object_store_memory=living * size)
+        memory = store_bytes(self.config, self.crop, high)
+        options.resource_limits = ExecutionResources.for_limits(object_store_memory=memory)
 
 
 class Augmenter:
@@ -243,6 +241,19 @@ def unpack(pixels: pa.Table | None, rest: pa.Table) -> Part:
     batch = Batch(crops, labels, shifts, _array(rest, "rows", np.int64), skipped, faults)
     error, node = (rest[name][0].as_py() for name in ("error", "node"))
     return Part(batch, _array(rest, "places", np.int64), error, node)
+
+
+def part_bytes(config: Config, crop: int) -> int:
+    """Of one replica's part of a batch."""
+    return -(-config.batch // config.replicas) * (crop * crop * 3 + 32) + 4096
+
+
+def store_bytes(config: Config, crop: int, augmenters: int) -> int:
+    """Of the object store for so many augmenters: what lives, from a task's start until the towers
+    let go of the block.
+    """
+    living = config.replicas * READ_AHEAD + augmenters * (RUNNING + 1)
+    return living * part_bytes(config, crop)
 
 
 def _binary(values: NDArray[Any]) -> pa.Array:

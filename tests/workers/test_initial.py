@@ -29,28 +29,6 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-@pytest.mark.usefixtures("cluster")
-def test_a_run_goes_on_from_anothers_weights_with_new_classes(
-    trained: Path,
-    three: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    source, run = f"{trained}/run/checkpoints/step-00000003", f"{tmp_path}/run"
-    options = ["--network", "alexnet-mini", "--batch", "16", "--epochs", "1", "--steps", "3"]
-    options += ["--init", source, "--freeze", "conv1:conv5", "--run", run, "--augmenters", "1:1"]
-    assert main(["train", three, *options, "--stages", "2", "--towers", "1"]) == 0
-    assert f"fc8 is drawn new: 10 other classes at {source}" in capsys.readouterr().err
-    config = configure({}, f"{run}/config.toml")
-    assert (config.init, config.freeze) == (source, "conv1:conv5")
-    before, after = load_weights(source), load_weights(f"{run}/checkpoints/step-00000003")
-    frozen = {name for name in before if name.startswith("conv")}
-    assert len(frozen) == 10
-    assert {name for name in frozen if torch.equal(before[name], after[name])} == frozen
-    assert not torch.equal(before["fc6.weight"], after["fc6.weight"])
-    assert after["fc8.weight"].shape == (3, 1024)
-
-
 @pytest.fixture
 def mistaken(tmp_path: Path) -> Path:
     (tmp_path / "folder").mkdir()
