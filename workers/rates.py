@@ -1,4 +1,4 @@
-"""How fast this cluster's towers and augmenters are, each by themselves, and both together."""
+"""How fast this cluster's towers and augmenters are."""
 
 from __future__ import annotations
 
@@ -24,62 +24,47 @@ from workers.progress import Progress
 from workers.towers import Job
 
 SECONDS = 6.0  # that each measurement lasts, once warm
+WARM = 4  # steps before that, twice
 STEPS = 4096  # batches that there are to measure with, at most
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Images a second of all `towers` together if they never wait, and of one `augmenter` alone.
-
-    On CPUs that both have to share, `cores` of them, towers alone keep `busy` of them busy.
+    """Images a second of all `towers` together while they don't wait for data, and of one
+    `augmenter`.
     """
 
     towers: float
     augmenter: float
-    cores: float | None = None
-    busy: float = 0.0
-
-    @property
-    def most(self) -> float:
-        """Images a second with any number of augmenters."""
-        if self.cores is None:
-            return self.towers
-        return min(self.towers, self.cores / (self.busy / self.towers + 1 / self.augmenter))
 
     @property
     def need(self) -> float:
         """Augmenters, or parts of one, that keep the towers from waiting."""
-        return self.most / self.augmenter
+        return self.towers / self.augmenter
 
     def reached(self, augmenters: int) -> float:
         """Images a second with so many augmenters."""
-        return min(self.most, augmenters * self.augmenter)
+        return min(self.towers, augmenters * self.augmenter)
 
 
 def measure(
     dataset: Dataset, config: Config, progress: Progress | None = None
 ) -> tuple[Rates, Mesh]:
-    """Measures an augmenter, on the training images, and then towers, on noise, placed as a run's;
-    and says on which mesh that was.
+    """Measures an augmenter alone, and then towers at work beside the fleet, placed as a run's, so
+    that they share what they will share; and says on which mesh that was.
 
     Raises UserError and DataError as a run does.
     """
     progress = progress or Progress()
     with connected():
-        nodes = placement.cluster_nodes()
-        where = placement.decide(nodes, config)
+        where = placement.decide(placement.cluster_nodes(), config)
         config = replace(config, towers=where.mesh.towers)
         some = sums_of_groups(dataset, "train", config.image, range(1), on_error=config.on_error)
         arguments = dataset, config, where, some.finish()
         progress.say("measuring an augmenter")
         augmenter = _augmenter(*arguments)
         progress.say(f"measuring {where.mesh.size} tower actor(s) on {where.device}")
-        towers = _towers(*arguments)
-    if where.apart or where.device != "cpu":
-        return Rates(towers, augmenter), where.mesh
-    cores = sum(node.get("CPU", 0) for node in nodes)
-    busy = min(cores, where.threads * where.mesh.size)
-    return Rates(towers, augmenter, cores, busy), where.mesh
+        return Rates(_towers(*arguments), augmenter), where.mesh
 
 
 def _itinerary(dataset: Dataset, config: Config) -> Itinerary:
@@ -111,7 +96,7 @@ def _augmenter(dataset: Dataset, config: Config, where: Placement, statistics: S
 
 
 def _towers(dataset: Dataset, config: Config, where: Placement, statistics: Statistics) -> float:
-    """Images a second of all towers, which nothing keeps waiting."""
+    """Images a second of all towers while they don't wait for data, which the fleet makes."""
     itinerary, classes = _itinerary(dataset, config), len(dataset.classes)
     mean = statistics.centre(config.build(classes).crop)
     job = Job(config, where, itinerary, classes, mean, "")
@@ -119,14 +104,19 @@ def _towers(dataset: Dataset, config: Config, where: Placement, statistics: Stat
     group = placement.reserve(where)
     try:
         with Actors(job, fleet, group) as actors:
+            ray.get(actors.feed.open.remote(0))
             address = ray.get(actors.towers[0].address.remote())
             ray.get([tower.join.remote(address, None) for tower in actors.towers])
 
-            def seconds(steps: int) -> float:
-                return max(ray.get([tower.measure.remote(steps) for tower in actors.towers]))
+            def measured(start: int, steps: int) -> tuple[float, float]:
+                calls = [t.measure.remote(actors.feed, start, steps) for t in actors.towers]
+                found: tuple[float, float] = ray.get(calls)[0]
+                return found
 
-            seconds(2)
-            steps = max(3, math.ceil(SECONDS / seconds(1)))
-            return steps * config.batch / seconds(steps)
+            measured(0, WARM)
+            each = measured(WARM, WARM)[0] / WARM
+            steps = min(STEPS // 2, max(WARM, math.ceil(SECONDS / each)))
+            seconds, waited = measured(2 * WARM, steps)
+            return steps * config.batch / (seconds - waited)
     finally:
         ray.util.remove_placement_group(group)

@@ -197,22 +197,18 @@ class TowerActor:
         if config.profile:
             yield {"kind": "trace", "rank": self.rank, "spans": trace.spans}
 
-    def measure(self, steps: int) -> float:
-        """Seconds that so many steps take on noise that is at hand; all ranks at once."""
-        replicas, trainer = self.job.placement.mesh.replicas, self.trainer
-        crop = self.tower.network.crop
-        start, end = (self.job.config.batch * (self.replica + n) // replicas for n in (0, 1))
-        shown = end - start if trainer.first else 0
-        images = Images(
-            torch.randint(0, 256, (shown, crop, crop, 3), dtype=torch.uint8),
-            torch.arange(start, end) % self.job.classes,
-            torch.zeros(shown, 3),
-            torch.arange(start, end),
-        )
+    def measure(self, feed: Any, start: int, steps: int) -> tuple[float, float]:
+        """Seconds that so many training items from `start` on take, and those of them that this
+        rank waited for data; all ranks at once.
+        """
+        stop = start + steps
+        stream = Stream(feed, self.replica, start, stop, pixels=self.trainer.first)
         begun = time.perf_counter()
-        for step in range(steps):
-            trainer.step(images, step)  # which ends with numbers on the host
-        return time.perf_counter() - begun
+        for step in range(start, stop):
+            images = stream.next()
+            assert images
+            self.trainer.step(images, step)  # which ends with numbers on the host
+        return time.perf_counter() - begun, stream.waited
 
     def _save(self) -> Iterator[dict[str, Any]]:
         """Starts to write a checkpoint, once the one before is written."""

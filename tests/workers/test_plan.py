@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from workers.cli import main
-from workers.rates import Rates
 
 MINI = ("--network", "alexnet-mini", "--batch", "64")
 
@@ -56,13 +55,6 @@ def test_time_and_cost_follow_from_the_rates(capsys: pytest.CaptureFixture[str])
     assert found["cost"] == pytest.approx(128 * 90 / 3600 * (5 + 3 * 0.5))
     few = plan(capsys, *given, "--augmenters", "1:2")
     assert (few["images_per_second"], few["epoch_seconds"]) == (800, 160)
-
-
-def test_towers_and_augmenters_share_cores_where_they_have_to() -> None:
-    shared = Rates(600.0, 300.0, cores=2, busy=2)
-    assert shared.most == pytest.approx(2 / (2 / 600 + 1 / 300))
-    assert shared.need == pytest.approx(shared.most / 300)
-    assert Rates(600.0, 300.0, cores=8, busy=2).most == 600
 
 
 @pytest.mark.usefixtures("cluster")
