@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.network import Network, Shape
@@ -67,24 +68,26 @@ def kept(network: Network, compute: torch.dtype = torch.float32) -> list[int]:
     with torch.device("meta"):
         tower = Tower(network, seed=0, compute=compute)
     tower.to_empty(device="cpu")
-    x = torch.zeros(1, 3, network.crop, network.crop)
-    x = x.to(compute, memory_format=torch.channels_last)
-    dropout = Dropout(0, 0, torch.zeros(1, dtype=torch.int64))
-    own = {p.untyped_storage()._cdata for p in tower.parameters()}
-    known: dict[int, torch.Tensor] = {}  # alive, so that no two storages have one address
+    # Of two images less of one: weights in another dtype are kept once a batch.
+    one, two = (_kept(tower, n) for n in (1, 2))
+    return [b - a for a, b in zip(one, two, strict=True)]
+
+
+def _kept(tower: Tower, n: int) -> list[int]:
+    """Bytes that each layer of a tower keeps of n images."""
+    side = tower.network.crop
+    x = torch.zeros(n, 3, side, side).to(tower.compute, memory_format=torch.channels_last)
+    dropout = Dropout(0, 0, torch.arange(n))
+    known: dict[int, Tensor] = {}  # alive, so that no two storages have one address
+
+    def keep(tensor: Tensor) -> Tensor:
+        return known.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+
     found = []
     for block in tower.blocks.values():
-        before = set(known)
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            known.setdefault(tensor.untyped_storage()._cdata, tensor)
-            return tensor
-
+        before = len(known)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             x = block(x, None, dropout)
-        new = known.keys() - before - own
-        weights = sum(p.numel() for p in block.parameters()) * compute.itemsize
-        sizes = (known[place].untyped_storage().nbytes() for place in new)
-        # Where products are in another dtype, the weights' copies are kept, once a batch.
-        found.append(sum(sizes) - (weights if compute is not torch.float32 else 0))
+        new = list(known.values())[before:]
+        found.append(sum(tensor.untyped_storage().nbytes() for tensor in new))
     return found

@@ -137,6 +137,7 @@ class _Run:
                 if not self.made:  # a run that found no room leaves no folder behind
                     self.folder.create()
                     self.begin()
+                    del self.begin  # and the weights that it may hold
                     self.made = True
                     if self.deaths:
                         self.restarts = self.folder.count("lost") + 1
