@@ -3,7 +3,7 @@
     python docs/tutorial.py FOLDER
 
 Each step is a function that the command line has too; the command stands above it. Everything goes
-into FOLDER: shards, two runs, an exported file, a report.
+into FOLDER: shards, two runs, a contact sheet, an exported file, a report.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from datasets.shards import write_manifest, write_split
 from workers.commands.results import prediction
 from workers.config import configure
 from workers.evaluate import evaluate
+from workers.neighbours import neighbours
 from workers.predict import predict
 from workers.report import report
 from workers.supervisor import train
@@ -51,13 +52,18 @@ def tutorial(folder: str, *, images: int = 3000, epochs: int = 4) -> dict[str, A
     for line in predict(run, [star]):
         print(prediction(line, "#"))
 
-    # 5. Export, for those who have torch and no Towers. The file beside it says how to use it.
+    # 5. What else looks like that to the network? The nearest training images, and a sheet of them.
+    #     towers neighbours FOLDER/run FOLDER/star.jpg --output FOLDER/sheet.png
+    near = neighbours(run, [star], output=f"{folder}/sheet.png")["images"][0]
+    print(f"near {near['image']}: {', '.join(one['title'] for one in near['neighbours'])}")
+
+    # 6. Export, for those who have torch and no Towers. The file beside it says how to use it.
     #     towers export FOLDER/run FOLDER/shapes.safetensors
     weights = f"{folder}/shapes.safetensors"
     export(run, weights)
     print(f"{weights}.md says how to load it in plain PyTorch")
 
-    # 6. Fine-tuning, on few images of other classes: is a shape round? The convolutions stay as
+    # 7. Fine-tuning, on few images of other classes: is a shape round? The convolutions stay as
     # they are, the last layer is drawn new.
     #     towers train FOLDER/round --init FOLDER/shapes.safetensors --freeze conv1:conv5 ...
     few = f"{folder}/round"
@@ -66,7 +72,7 @@ def tutorial(folder: str, *, images: int = 3000, epochs: int = 4) -> dict[str, A
     second = train(configure({**given, "shards": few, "run": f"{folder}/tuned"}))
     print(f"fine-tuned: {second['top1_error']:.1%} are taken for the other class")
 
-    # 7. A page of curves, kernels and mistakes, of both runs.
+    # 8. A page of curves, kernels and mistakes, of both runs.
     #     towers report FOLDER/run FOLDER/tuned --output FOLDER/report.html
     print(report([run, f"{folder}/tuned"], f"{folder}/report.html")["file"])
     return {"first": first, "second": second, "evaluated": measured}

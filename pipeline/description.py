@@ -38,7 +38,7 @@ def describe(network: Network, *, towers: int = 2, batch: int = 128) -> list[Cos
     plain = replace(network, layers=tuple(replace(layer, norms=()) for layer in network.layers))
     if network.columns % towers:
         raise ValueError(f"{towers} towers of a network with {network.columns} column")
-    tower = Tower(plain, seed=0)
+    tower = _empty(plain)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         tower(torch.zeros(1, 3, network.crop, network.crop), None)
     counts = counter.get_flop_counts()
@@ -65,12 +65,17 @@ def kept(network: Network, compute: torch.dtype = torch.float32) -> list[int]:
     """Bytes that the forward pass of each layer keeps of one image for the backward pass, in one
     process that holds the whole network: counted, in one that computes with any weights.
     """
-    with torch.device("meta"):
-        tower = Tower(network, seed=0, compute=compute)
-    tower.to_empty(device="cpu")
+    tower = _empty(network, compute)
     # Of two images less of one: weights in another dtype are kept once a batch.
     one, two = (_kept(tower, n) for n in (1, 2))
     return [b - a for a, b in zip(one, two, strict=True)]
+
+
+def _empty(network: Network, compute: torch.dtype = torch.float32) -> Tower:
+    """A whole network with any weights: drawing alexnet's takes longer than all that is counted."""
+    with torch.device("meta"):
+        tower = Tower(network, seed=0, compute=compute)
+    return tower.to_empty(device="cpu")
 
 
 def _kept(tower: Tower, n: int) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from datasets.augmentation import centre_crop
+from datasets.drawn import write_drawn
 from datasets.images import decode
 from datasets.rows import Rows
 from datasets.shards import open_dataset
@@ -20,7 +21,12 @@ from workers.config import UserError
 from workers.neighbours import neighbours
 from workers.trained import open_trained
 
-pytestmark = pytest.mark.usefixtures("cluster")
+
+@pytest.fixture(scope="module")
+def shards() -> str:
+    """150 images that lie in this process, where no Ray is needed to read them."""
+    write_drawn("memory://near", train=150, val=50)
+    return "memory://near"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,8 @@ def test_the_nearest_are_those_of_the_features(
         files.append(f"{tmp_path}/{row}.jpg")
         Path(files[-1]).write_bytes(records[row].image)
     sheet = f"{tmp_path}/sheet.png"
-    assert main(["neighbours", run, *files, "--k", "4", "--output", sheet, "--json"]) == 0
+    options = ["--data", shards, "--k", "4", "--output", sheet, "--json"]
+    assert main(["neighbours", run, *files, *options]) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert (result["step"], result["split"], result["file"]) == (6, "train", sheet)
@@ -67,11 +74,11 @@ def test_the_index_is_kept_until_checkpoint_or_rows_are_others(
     Image.new("RGB", (80, 60), "red").save(image)
 
     def written(**given: object) -> float:
-        neighbours(run, [image], **given)  # type: ignore[arg-type]
+        neighbours(run, [image], data=shards, **given)  # type: ignore[arg-type]
         return Path(f"{run}/neighbours/index.json").stat().st_mtime_ns
 
-    first = written(data=shards)
-    assert written() == first  # the run's own data
+    first = written()
+    assert written() == first
     other = written(step=3)
     assert first != other != written(step=3, split="val")
     with pytest.raises(UserError, match="k is 0: at least 1"):

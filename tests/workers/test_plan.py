@@ -57,18 +57,6 @@ def test_time_and_cost_follow_from_the_rates(capsys: pytest.CaptureFixture[str])
     assert (few["images_per_second"], few["epoch_seconds"]) == (800, 160)
 
 
-@pytest.mark.usefixtures("cluster")
-def test_rates_are_measured_on_the_mesh(
-    shards: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("workers.rates.SECONDS", 0.2)
-    found = plan(capsys, shards, *MINI, "--measure", "--stages", "2", "--towers", "1")
-    assert found["mesh"] == "1x2x1"
-    assert found["tower_rate"] > 0
-    assert found["augmenter_rate"] > 0
-    assert found["images_per_second"] <= found["tower_rate"]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
