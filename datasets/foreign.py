@@ -68,10 +68,11 @@ def _check_complete(root: str, files: list[str]) -> None:
         )
 
 
-def columns(path: str, schema: Any) -> tuple[str, str, tuple[str, ...]]:
+def columns(path: str, schema: Any, labelled: bool = True) -> tuple[str, str, tuple[str, ...]]:
     """Names of the image and the label column, and of the classes: () if the schema has none.
 
-    Raises DataError, saying which columns there are, if one of the two is not among them.
+    Raises DataError, saying which columns there are, if one of the two is not among them; unless
+    `labelled`, a missing label column is "".
     """
     features = _features(schema)
     images = [field.name for field in schema if _holds_images(field.type)]
@@ -86,11 +87,11 @@ def columns(path: str, schema: Any) -> tuple[str, str, tuple[str, ...]]:
         raise DataError(
             f"{path}: no column of encoded images (struct<bytes, path> or binary); it has {there}"
         )
-    if label is None:
+    if label is None and labelled:
         raise DataError(
             f"{path}: no column of integer labels (ClassLabel, or called label); it has {there}"
         )
-    return image, label, tuple(features.get(label, {}).get("names") or ())
+    return image, label or "", tuple(features.get(label or "", {}).get("names") or ())
 
 
 def numbered_classes(shards: list[Shard], label: str) -> tuple[str, ...]:

@@ -44,19 +44,20 @@ Encoded = tuple[bytes, str, int]
 """An encoded image, its name and its label."""
 
 
-def open_dataset(url: str, *, check: bool = True) -> Dataset:
+def open_dataset(url: str, *, check: bool = True, labelled: bool = True) -> Dataset:
     """The data set at `url`: a folder of ours, a Hugging Face folder, or one Parquet file.
 
     Reads the manifest, if there is one, and the files' footers; the label column only if nothing
-    names the classes. Raises DataError if nothing is there, a file is not Parquet, image or label
-    column is missing, or manifest and files disagree (unless `check` is off).
+    names the classes. Unless it has to be `labelled`, others' shards may lack labels, and then have
+    no classes. Raises DataError if nothing is there, a file is not Parquet, image or label column
+    is missing, or manifest and files disagree (unless `check` is off).
     """
     fs, root = storage(url)
     place = address(fs, root)
     if not fs.exists(root):
         raise DataError(f"{url}: no such file or folder")
     if fs.isfile(root):
-        return _foreign(place, {"train": [place]})
+        return _foreign(place, {"train": [place]}, labelled)
     if fs.isfile(f"{root}/{MANIFEST}"):
         dataset = _ours(place, fs.cat_file(f"{root}/{MANIFEST}"))
         if check:
@@ -68,7 +69,8 @@ def open_dataset(url: str, *, check: bool = True) -> Dataset:
     if not found:
         raise DataError(f"{url}: no Parquet files there; `towers prepare` makes them of images")
     splits = split_files(root, found)
-    return _foreign(place, {k: [address(fs, path) for path in v] for k, v in splits.items()})
+    files = {split: [address(fs, path) for path in found] for split, found in splits.items()}
+    return _foreign(place, files, labelled)
 
 
 def write_split(
@@ -231,12 +233,12 @@ def _footers(paths: Sequence[str]) -> list[tuple[Shard, Any]]:
         return list(pool.map(lambda path: persistent(path, lambda: read_shard(path)), paths))
 
 
-def _foreign(root: str, files: dict[str, list[str]]) -> Dataset:
+def _foreign(root: str, files: dict[str, list[str]], labelled: bool) -> Dataset:
     paths = [path for split in files.values() for path in split]
     read = _footers(paths)
-    image, label, classes = columns(paths[0], read[0][1])
+    image, label, classes = columns(paths[0], read[0][1], labelled)
     for shard, schema in read:
-        for name in (image, label):
+        for name in (image, label) if labelled else (image,):
             if name not in schema.names:
                 there = ", ".join(schema.names)
                 raise DataError(
@@ -244,7 +246,8 @@ def _foreign(root: str, files: dict[str, list[str]]) -> Dataset:
                 )
     shards = {shard.path: shard for shard, _ in read}
     splits = {split: tuple(shards[path] for path in found) for split, found in files.items()}
-    classes = classes or numbered_classes([shard for shard, _ in read], label)
+    if labelled and not classes:
+        classes = numbered_classes([shard for shard, _ in read], label)
     return Dataset(root, image, label, classes, None, splits)
 
 

@@ -121,10 +121,14 @@ class Writer:
 def load(path: str, tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> dict[str, Any]:
     """Loads a state into this rank's share and returns its progress.
 
-    Raises ValueError, naming a parameter, if it is of another network.
+    Layers that were frozen when it was saved have no momentum in it, and start anew. Raises
+    ValueError, naming a parameter, if it is of another network.
     """
     check(path, tower.network)
     state = {**_tensors(tower, optimizer, mesh), "rate": 0.0, "progress": ""}
+    saved = _metadata(path)
+    for name in [name for name in state if name.startswith("momentum.") and name not in saved]:
+        state.pop(name).zero_()
     dcp.load(state, storage_reader=_reader(path), no_dist=mesh is None)
     optimizer.restore_rate(state["rate"])
     progress: dict[str, Any] = json.loads(state["progress"])
@@ -209,10 +213,9 @@ def _tensors(
             stride=torch.empty(shape, device="meta").stride(),
         )
 
-    return {
-        "weights": {name: whole(f"weights.{name}", p) for name, p in weights.items()},
-        "momentum": {name: whole(f"momentum.{name}", momenta[p]) for name, p in weights.items()},
-    }
+    local: dict[str, Tensor] = {f"weights.{name}": p for name, p in weights.items()}
+    local |= {f"momentum.{name}": momenta[p] for name, p in weights.items() if p in momenta}
+    return {key: whole(key, tensor) for key, tensor in local.items()}
 
 
 def _reader(path: str) -> Any:

@@ -131,11 +131,17 @@ class _CrossLinear(torch.autograd.Function):
         _backward(ctx)
         x, x_other, weight = ctx.saved_tensors
         own, other = _halves(weight, ctx.pair.tower)
-        swap = ctx.pair.swap(grad @ other)
-        grad_t = grad.t()
-        grad_weight = _joined(grad_t @ x, grad_t @ x_other, ctx.pair.tower)
-        grad_x = grad @ own
-        return grad_x.add_(swap.wait()), grad_weight, grad.sum(0), None
+        before, here = ctx.needs_input_grad[:2]  # the same in both towers: what is trained
+        grad_x = grad_weight = grad_bias = None
+        swap = ctx.pair.swap(grad @ other) if before else None
+        if here:
+            grad_t = grad.t()
+            grad_weight = _joined(grad_t @ x, grad_t @ x_other, ctx.pair.tower)
+            grad_bias = grad.sum(0)
+        if swap:
+            grad_x = grad @ own
+            grad_x.add_(swap.wait())
+        return grad_x, grad_weight, grad_bias, None
 
 
 class _CrossConv2d(torch.autograd.Function):
@@ -157,9 +163,16 @@ class _CrossConv2d(torch.autograd.Function):
         x, x_other, weight = ctx.saved_tensors
         own, other = _halves(weight, ctx.pair.tower)
 
+        before, here = ctx.needs_input_grad[:2]
         form = (ctx.stride, ctx.padding, 1)
-        swap = ctx.pair.swap(gradients(grad, x_other, other, *form, (True, False, False))[0])
-        grad_x, grad_own, grad_bias = gradients(grad, x, own, *form)
-        grad_other = gradients(grad, x_other, other, *form, (False, True, False))[1]
-        grad_weight = _joined(grad_own, grad_other, ctx.pair.tower)
-        return grad_x.add_(swap.wait()), grad_weight, grad_bias, None, None, None
+        swap = None
+        if before:
+            swap = ctx.pair.swap(gradients(grad, x_other, other, *form, (True, False, False))[0])
+        grad_x, grad_own, grad_bias = gradients(grad, x, own, *form, (before, here, here))
+        grad_weight = None
+        if here:
+            grad_other = gradients(grad, x_other, other, *form, (False, True, False))[1]
+            grad_weight = _joined(grad_own, grad_other, ctx.pair.tower)
+        if swap:
+            grad_x.add_(swap.wait())
+        return grad_x, grad_weight, grad_bias, None, None, None

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.network import Network, Shape
-from pipeline.tower import Tower
+from pipeline.tower import Dropout, Tower
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def describe(network: Network, *, towers: int = 2, batch: int = 128) -> list[Cos
     plain = replace(network, layers=tuple(replace(layer, norms=()) for layer in network.layers))
     if network.columns % towers:
         raise ValueError(f"{towers} towers of a network with {network.columns} column")
-    tower = Tower(plain, seed=0)
+    tower = _empty(plain)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         tower(torch.zeros(1, 3, network.crop, network.crop), None)
     counts = counter.get_flop_counts()
@@ -58,3 +59,40 @@ def describe(network: Network, *, towers: int = 2, batch: int = 128) -> list[Cos
             )
         )
     return costs
+
+
+def kept(network: Network, compute: torch.dtype = torch.float32) -> list[int]:
+    """Bytes that the forward pass of each layer keeps of one image for the backward pass, in one
+    process that holds the whole network: counted, in one that computes with any weights.
+    """
+    tower = _empty(network, compute)
+    # Of two images less of one: weights in another dtype are kept once a batch.
+    one, two = (_kept(tower, n) for n in (1, 2))
+    return [b - a for a, b in zip(one, two, strict=True)]
+
+
+def _empty(network: Network, compute: torch.dtype = torch.float32) -> Tower:
+    """A whole network with any weights: drawing alexnet's takes longer than all that is counted."""
+    with torch.device("meta"):
+        tower = Tower(network, seed=0, compute=compute)
+    return tower.to_empty(device="cpu")
+
+
+def _kept(tower: Tower, n: int) -> list[int]:
+    """Bytes that each layer of a tower keeps of n images."""
+    side = tower.network.crop
+    x = torch.zeros(n, 3, side, side).to(tower.compute, memory_format=torch.channels_last)
+    dropout = Dropout(0, 0, torch.arange(n))
+    known: dict[int, Tensor] = {}  # alive, so that no two storages have one address
+
+    def keep(tensor: Tensor) -> Tensor:
+        return known.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+
+    found = []
+    for block in tower.blocks.values():
+        before = len(known)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            x = block(x, None, dropout)
+        new = list(known.values())[before:]
+        found.append(sum(tensor.untyped_storage().nbytes() for tensor in new))
+    return found

@@ -47,9 +47,26 @@ class Classifier:
         # In float64, so that classes that differ in their logits still differ here.
         total = torch.zeros((), dtype=torch.float64, device=self.mean.device)
         for some in crops.unbind(1):
-            pixels = (some.to(self.mean.device) - self.mean).mul_(self.scale)
-            total = total + self.tower(pixels.permute(0, 3, 1, 2), None).double().softmax(1)
+            total = total + self.logits(some).double().softmax(1)
         return (total / crops.shape[1]).cpu()
+
+    @torch.no_grad()
+    def logits(self, crops: Tensor) -> Tensor:
+        """Crops uint8 [n, crop, crop, 3] to logits [n, classes] on the network's device."""
+        return self._blocks(crops, len(self.tower.blocks))
+
+    @torch.no_grad()
+    def features(self, crops: Tensor) -> Tensor:
+        """What the last layer reads, such as the outputs of fc7: float32 [n, units] on the CPU."""
+        return self._blocks(crops, len(self.tower.blocks) - 1).flatten(1).float().cpu()
+
+    def _blocks(self, crops: Tensor, count: int) -> Tensor:
+        """What the first `count` layers make of crops."""
+        x = (crops.to(self.mean.device) - self.mean).mul_(self.scale).permute(0, 3, 1, 2)
+        x = x.to(self.tower.compute)
+        for block in list(self.tower.blocks.values())[:count]:
+            x = block(x, None, None)
+        return x
 
 
 def average(predictions: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:

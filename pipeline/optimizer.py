@@ -13,7 +13,8 @@ class SGD(torch.optim.SGD):
 
     The rate stands inside the velocity, unlike in `torch.optim.SGD`, which this is otherwise: there
     the buffer is -v / rate, so that it only has to be rescaled when the rate changes. Biases learn
-    at `bias_rate` times the rate and decay only if `decay_bias` (source: 2 and not).
+    at `bias_rate` times the rate and decay only if `decay_bias` (source: 2 and not). Weights that
+    need no gradient stay as they are.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class SGD(torch.optim.SGD):
         decay_bias: bool = True,
     ) -> None:
         def group(suffix: str, factor: float, decay: float) -> dict[str, object]:
-            params = [p for name, p in weights.items() if name.endswith(suffix)]
+            params = [p for n, p in weights.items() if n.endswith(suffix) and p.requires_grad]
             return {"params": params, "factor": factor, "weight_decay": decay, "lr": rate * factor}
 
         groups = [
@@ -61,7 +62,7 @@ class SGD(torch.optim.SGD):
             group["lr"] = rate * group["factor"]
 
     def momenta(self) -> dict[nn.Parameter, torch.Tensor]:
-        """The buffer of each parameter, zeros where it has not been stepped yet."""
+        """The buffer of each parameter that is trained, zeros where it has not been stepped yet."""
         for group in self.param_groups:
             for p in group["params"]:
                 if self.state[p].get("momentum_buffer") is None:

@@ -51,6 +51,7 @@ class Recipe:
     decay: float = setting(5e-4, "Weight decay.")
     bias_rate: float = setting(1.0, "Rate of biases over that of weights.")
     decay_bias: bool = setting(True, "Whether biases decay too.")
+    freeze: str = setting("", "Layers that keep their weights, FIRST:LAST, such as conv1:conv5.")
     precision: str = setting(
         "float32", "Of convolutions and products; weights are float32.", ("float32", "bfloat16")
     )
@@ -71,6 +72,7 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}: more than 0")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}: at least 0 and less than 1")
+        _ = self.frozen
         if self.drops and self.schedule != "steps":
             raise ValueError(f"drops is {list(self.drops)}: only schedule 'steps' has drops")
         if self.pad and not self.crops:
@@ -94,6 +96,23 @@ class Recipe:
             dropout=self.dropout,
             columns=self.columns,
         )
+
+    @property
+    def frozen(self) -> range:
+        """The layers, by number, that keep their weights."""
+        names = [layer.name for layer in self.build(1000).layers]
+        if not self.freeze:
+            return range(0)
+        first, _, last = self.freeze.partition(":")
+        for name in (first, last or first):
+            if name not in names:
+                raise ValueError(f"freeze has {name!r}: FIRST:LAST of {', '.join(names)}")
+        found = range(names.index(first), names.index(last or first) + 1)
+        if not found:
+            raise ValueError(f"freeze is {self.freeze}: {last} comes before {first}")
+        if len(found) == len(names):
+            raise ValueError(f"freeze is {self.freeze}: that leaves no layer to train")
+        return found
 
     def advice(self, classes: int) -> str:
         """A line of warning if the rate is too high for so few classes, else "".

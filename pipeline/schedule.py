@@ -119,7 +119,7 @@ class Averager:
         self, weights: dict[str, torch.nn.Parameter], group: dist.ProcessGroup, limit: float
     ) -> None:
         self.group, self.limit = group, limit
-        self._names = list(reversed(weights))
+        self._names = [name for name in reversed(weights) if weights[name].requires_grad]
         self._order = [weights[name] for name in self._names]
         self._armed = False
         self._ready: set[torch.nn.Parameter] = set()

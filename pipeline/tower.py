@@ -41,7 +41,8 @@ class Tower(nn.Module):
     Every parameter is this tower's share, along dimension 0, of the whole network's, drawn from
     `seed` by its name alone, so that shares of one seed always fit together. `compute` is the
     dtype of convolutions and products (parameters stay `dtype`). `layers` are those of a pipeline
-    stage, all if it is None. Raises ValueError if the network has fewer columns than towers.
+    stage, all if it is None; `frozen` are those of the whole network that are not trained. Raises
+    ValueError if the network has fewer columns than towers.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Tower(nn.Module):
         dtype: torch.dtype = torch.float32,
         compute: torch.dtype | None = None,
         layers: range | None = None,
+        frozen: range = range(0),
     ) -> None:
         super().__init__()
         if network.columns % towers:
@@ -62,12 +64,18 @@ class Tower(nn.Module):
         self.compute = compute or dtype
         self.layers = layers if layers is not None else range(len(network.layers))
         self.towers = towers
+        # Whether gradients go through what this stage reads, and through what it makes.
+        trained = [index for index in range(self.layers.stop) if index not in frozen]
+        self.learns_before = any(index < self.layers.start for index in trained)
+        self.learns = bool(trained)
         self.blocks = nn.ModuleDict(
             {
                 network.layers[index].name: Block(network, index, seed, towers, tower, dtype)
                 for index in self.layers
             }
         )
+        for index in self.layers:
+            self.blocks[network.layers[index].name].requires_grad_(index not in frozen)
         self.first_class = share(network.classes, towers, tower)[0]
 
     def forward(self, x: Tensor, pair: Pair | None, dropout: Dropout | None = None) -> Tensor:

@@ -121,7 +121,9 @@ class Trainer:
         return totals
 
     def gradients(self, images: Images, step: int) -> Totals:
-        """Sets the gradient of every parameter to that of the global batch's mean loss."""
+        """Sets the gradient of every parameter that is trained to that of the global batch's mean
+        loss.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         count = int(self._over_replicas(torch.tensor([images.count], device=self.device)))
         parts = self._parts(images)
@@ -137,10 +139,12 @@ class Trainer:
             if self.averager and m == len(parts) - 1:
                 self.averager.arm()
             x, y = kept.pop(m)
+            if not self.tower.learns:
+                continue
             grad = self.line.receive_gradient(y) if self.line and not self.last else None
             with self.trace.span("backward", str(m)):
                 torch.autograd.backward(y, grad)
-            if self.line and not self.first:
+            if self.line and self.tower.learns_before:
                 assert x.grad is not None
                 self.line.send_gradient(x.grad)
         if self.averager:
@@ -170,7 +174,7 @@ class Trainer:
         """What this stage read, what it made (the last one: the summed loss), and its sums."""
         if self.line and not self.first:
             x = self.line.receive(self.tower.input_shape(end - start), self._like)
-            x.requires_grad_(torch.is_grad_enabled())
+            x.requires_grad_(torch.is_grad_enabled() and self.tower.learns_before)
             begun = clock()
         else:
             begun = clock()

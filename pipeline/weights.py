@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -12,25 +13,29 @@ import torch
 from torch import Tensor
 
 from pipeline.network import Network
+from pipeline.plain import MEAN
 
 CAFFE = re.compile(r"(?P<layer>\w+?)(?:[._/](?P<kind>weights?|bias(?:es)?|w|b|0|1))")
 """Names as people give them who take weights out of Caffe: conv1.weight, conv1_w, conv1/0."""
 
 
-def write_weights(file: str, weights: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Writes weights by whole-network names as `.safetensors`, with `about` beside them, or `.pt`.
+def packed(file: str, weights: dict[str, Tensor], about: dict[str, str]) -> bytes:
+    """What a file of this name holds for weights by whole-network names: `.safetensors`, with
+    `about` beside them, or `.pt`.
 
     Raises ValueError for another ending.
     """
     weights = {name: weight.contiguous() for name, weight in weights.items()}
     if file.endswith(".safetensors"):
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        save_file(weights, file, metadata={"format": "pt", **about})
-    elif file.endswith(".pt"):
-        torch.save({**weights}, file)
-    else:
-        raise ValueError(f"{file}: a name that ends in .safetensors or .pt is wanted")
+        data: bytes = save(weights, metadata={"format": "pt", **about})
+        return data
+    if file.endswith(".pt"):
+        buffer = io.BytesIO()
+        torch.save({**weights}, buffer)
+        return buffer.getvalue()
+    raise ValueError(f"{file}: a name that ends in .safetensors, .pt or .onnx is wanted")
 
 
 def read_weights(file: str, build: Callable[[int], Network]) -> tuple[Network, dict[str, Tensor]]:
@@ -40,10 +45,20 @@ def read_weights(file: str, build: Callable[[int], Network]) -> tuple[Network, d
     layout.
 
     Caffe's arrays (those of bvlc_alexnet: maps x maps read x kernel, in two groups) have the shapes
-    of ours, but read blue first: conv1's channels are turned. Raises ValueError, naming file and
-    parameter with both shapes, if they are not those of the network.
+    of ours, but read blue first: conv1's channels are turned. Raises ValueError as `fitting` does,
+    and for a file that is not readable.
     """
-    found = _read(file)
+    return fitting(file, {k: v for k, v in _read(file).items() if k != MEAN}, build)
+
+
+def fitting(
+    file: str, found: dict[str, Tensor], build: Callable[[int], Network]
+) -> tuple[Network, dict[str, Tensor]]:
+    """The network that `build` makes for as many classes as the weights `found` in a file tell
+    apart, and them.
+
+    Raises ValueError, naming file and parameter with both shapes, if they are not the network's.
+    """
     last = f"{build(1000).layers[-1].name}.bias"
     if last not in found:
         raise ValueError(f"{file}: {last} is missing; there are {', '.join(sorted(found)[:20])}")

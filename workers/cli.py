@@ -7,10 +7,10 @@ import os
 import sys
 
 from datasets import DataError
-from workers.commands import data, jobs, results, training, weights
+from workers.commands import completion, data, jobs, planning, results, training, weights
 from workers.config import UserError
 
-COMMANDS = (training, data, results, weights, jobs)
+COMMANDS = (training, planning, data, results, weights, jobs, completion)
 
 
 def program() -> int:
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
     With `guard`, which needs a process in which nothing has begun, `train` works in a child process
     and is started again if that is killed.
     """
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     args.guard = guard
     from workers.errors import RunFailed
 
@@ -52,15 +52,16 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    made = argparse.ArgumentParser(
         prog="towers", description="Trains the two-tower AlexNet of 2012 on a Ray cluster."
     )
-    parser.add_argument("--version", action="version", version=_version())
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    made.add_argument("--version", action="version", version=_version())
+    commands = made.add_subparsers(required=True, metavar="COMMAND")
     for theme in COMMANDS:
         theme.add(commands)
-    return parser
+    return made
 
 
 def _version() -> str:

@@ -29,6 +29,7 @@ class Config(Recipe):
 
     shards: str = setting("", "Folder or URL of Parquet shards; the drawn data set if unset.")
     run: str = setting("", "Folder or URL of the run.")
+    init: str = setting("", "Weights to start from: a file, a run, or a checkpoint of one.")
     steps: int | None = setting(None, "Training steps after which the run ends, if before EPOCHS.")
     seed: int = setting(0, "Of weights, dropout, order and augmentation.")
     towers: int | None = setting(
@@ -115,8 +116,9 @@ def configure(given: dict[str, Any], file: str | None = None) -> Config:
         fitting = (m for m in range(2 * chosen["stages"], 0, -1) if each % m == 0)
         chosen["microbatches"] = next(fitting, 1)
     chosen["run"] = locate(chosen.get("run") or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if chosen.get("shards"):
-        chosen["shards"] = locate(chosen["shards"])
+    for name in ("shards", "init"):
+        if chosen.get(name):
+            chosen[name] = locate(chosen[name])
     try:
         return Config(**{**recipe, **chosen})
     except ValueError as error:

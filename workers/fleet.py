@@ -154,8 +154,7 @@ class Fleet:
         Returns how many blocks each augmenter is to have at a time.
         """
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        images = -(-self.config.batch // self.replicas)
-        size = images * (self.crop * self.crop * 3 + 32) + 4096
+        size = part_bytes(self.config, self.crop)
         context = DataContext.get_current()
         context.enable_progress_bars = False
         # Each half of a part is to be a block of its own, where there are halves.
@@ -163,12 +162,9 @@ class Fleet:
         context.custom_execution_callback_classes = [watch.callback()]
         options = context.execution_options
         options.preserve_order = True
-        # Ray Data looks after its actors ten times a second: what they have must last till then.
-        running = min(max(AHEAD_BYTES // size, AHEAD[0]), AHEAD[1])
-        # What lives, from a task's start until the towers let go of the block.
-        living = self.replicas * READ_AHEAD + high * (running + 1)
-        options.resource_limits = ExecutionResources.for_limits(object_store_memory=living * size)
-        return running
+        memory = store_bytes(self.config, self.crop, high)
+        options.resource_limits = ExecutionResources.for_limits(object_store_memory=memory)
+        return blocks_ahead(size)
 
 
 class Augmenter:
@@ -271,6 +267,28 @@ def unpack(pixels: pa.Table | None, rest: pa.Table) -> Part:
     batch = Batch(crops, labels, shifts, _array(rest, "rows", np.int64), skipped, faults)
     error, node = (rest[name][0].as_py() for name in ("error", "node"))
     return Part(batch, _array(rest, "places", np.int64), error, node)
+
+
+def part_bytes(config: Config, crop: int) -> int:
+    """Of one replica's part of a batch."""
+    return -(-config.batch // config.replicas) * (crop * crop * 3 + 32) + 4096
+
+
+def store_bytes(config: Config, crop: int, augmenters: int) -> int:
+    """Of the object store for so many augmenters: what lives, from a task's start until the towers
+    let go of the block.
+    """
+    size = part_bytes(config, crop)
+    living = config.replicas * READ_AHEAD + augmenters * (blocks_ahead(size) + 1)
+    return living * size
+
+
+def blocks_ahead(size: int) -> int:
+    """How many blocks of so many bytes an augmenter has at a time.
+
+    Ray Data looks after its actors ten times a second: what they have must last till then.
+    """
+    return min(max(AHEAD_BYTES // size, AHEAD[0]), AHEAD[1])
 
 
 def _binary(values: NDArray[Any]) -> pa.Array:

@@ -59,7 +59,7 @@ def predict_rows(
     """
     progress = progress or Progress()
     views, network = checked_views(crops), open_known(run, step)
-    dataset = open_dataset(data)
+    dataset = open_dataset(data, labelled=False)
     split = pick_split(dataset, split)
     check_output(output)
     here = only_here(dataset.root)

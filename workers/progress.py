@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import time
 from typing import Any, TextIO
@@ -92,6 +94,19 @@ def table(rows: list[tuple[str, ...]], heads: tuple[str, ...] = ()) -> str:
     if heads:
         shown.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(shown)
+
+
+BOLD, DIM, CYAN, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[36m", "\x1b[0m"
+
+
+def styled(text: str, out: TextIO) -> str:
+    """A text for `out`: on a terminal its tables' heads and bars stand out, unless NO_COLOR is set
+    or the terminal is a dumb one.
+    """
+    if not out.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    text = re.sub(r"(?m)^(.+)\n(-[- ]*)$", rf"{BOLD}\1{PLAIN}\n{DIM}\2{PLAIN}", text)
+    return re.sub("\u2588+", rf"{CYAN}\g<0>{PLAIN}", text)
 
 
 def result_table(result: dict[str, Any]) -> str:

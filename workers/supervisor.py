@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from workers.config import Config, UserError
 from workers.data import check_classes, classes_of, drawn, keep, statistics_of
 from workers.errors import RunFailed
 from workers.fleet import Fleet
+from workers.initial import read_initial
 from workers.placement import Placement
 from workers.progress import Progress
 from workers.run import RunFolder
@@ -62,6 +62,7 @@ def train(
     folder = RunFolder(config, resume=None if deaths else resume)
     # torch takes seconds to be imported, and Ray to start: both at a time.
     threading.Thread(target=import_module, args=("workers.actors",), daemon=True).start()
+    initial = read_initial(config) if config.init and not folder.checkpoints() else None
     with connected():
         where = placement.decide(placement.cluster_nodes(), config)
         if not config.shards:
@@ -72,8 +73,14 @@ def train(
         fleet = Fleet(dataset, job.itinerary, config, where, statistics)
         if advice := config.advice(len(dataset.classes)):
             progress.say(advice)
-        known = partial(keep, folder.url, classes_of(dataset), statistics)
-        run = _Run(job, fleet, folder, progress, known, deaths, progressed)
+
+        def begin() -> None:
+            classes = classes_of(dataset)
+            keep(folder.url, classes, statistics)
+            if initial and (line := initial.begin(folder, config, classes)):
+                progress.say(line)
+
+        run = _Run(job, fleet, folder, progress, begin, deaths, progressed)
         try:
             with _terminated(run):
                 return run.result()
@@ -113,12 +120,12 @@ class _Run:
         fleet: Fleet,
         folder: RunFolder,
         progress: Progress,
-        keep: Callable[[], object],
+        begin: Callable[[], object],
         deaths: int,
         progressed: Callable[[], object] | None,
     ) -> None:
         self.job, self.fleet, self.folder, self.progress = job, fleet, folder, progress
-        self.keep = keep  # writes into the folder what is to be known of the data
+        self.begin = begin  # writes into the folder what the run starts from
         self.deaths = deaths
         self.restarts, self.row = 0, 0  # in all, and since the last checkpoint
         self.made, self.progressed = False, progressed
@@ -138,7 +145,8 @@ class _Run:
             try:
                 if not self.made:  # a run that found no room leaves no folder behind
                     self.folder.create()
-                    self.keep()
+                    self.begin()
+                    del self.begin  # and the weights that it may hold
                     self.made = True
                     if self.deaths:
                         self.restarts = self.folder.count("lost") + 1

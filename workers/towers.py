@@ -36,7 +36,7 @@ PROFILED = range(4, 12)  # steps since the start that a profile shows: the first
 class Job:
     """What every rank of a run needs to know.
 
-    `mean` float32 [crop, crop, 3]; `folder` is the run's path or URL.
+    `mean` float32 [crop, crop, 3]; `folder` is the run's path or URL, "" where nothing is kept.
     """
 
     config: Config
@@ -70,7 +70,8 @@ class TowerActor:
         code, if it does. Raises DataError if this node does not see the run's folder.
         """
         config, placement = self.job.config, self.job.placement
-        check_visible(self.job.folder)
+        if self.job.folder:
+            check_visible(self.job.folder)
         device = torch.device("cuda", 0) if placement.device == "cuda" else torch.device("cpu")
         if placement.mesh.size > 1:
             _use_interface(ray.util.get_node_ip_address())
@@ -95,6 +96,7 @@ class TowerActor:
             tower=tower,
             compute=getattr(torch, config.precision),
             layers=config.parts[stage],
+            frozen=config.frozen,
         ).to(device)
         self.line = placement.mesh.line(self.mesh, config.timeout)
         self.writer = checkpoint.Writer(self.mesh)
@@ -195,6 +197,19 @@ class TowerActor:
         yield from self._written()
         if config.profile:
             yield {"kind": "trace", "rank": self.rank, "spans": trace.spans}
+
+    def measure(self, feed: Any, start: int, steps: int) -> tuple[float, float]:
+        """Seconds that so many training items from `start` on take, and those of them that this
+        rank waited for data; all ranks at once.
+        """
+        stop = start + steps
+        stream = Stream(feed, self.replica, start, stop, pixels=self.trainer.first)
+        begun = time.perf_counter()
+        for step in range(start, stop):
+            images = stream.next()
+            assert images
+            self.trainer.step(images, step)  # which ends with numbers on the host
+        return time.perf_counter() - begun, stream.waited
 
     def _save(self) -> Iterator[dict[str, Any]]:
         """Starts to write a checkpoint, once the one before is written."""

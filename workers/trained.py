@@ -43,15 +43,17 @@ class Trained:
         """Sides in pixels that images are fitted to and that crops have."""
         return self.config.image, self.network.crop
 
-    def classifier(self, device: str = "cpu") -> Classifier:
-        """It, ready for crops. On the CPU the full layers' weights are not copied."""
+    def classifier(self, device: str = "cpu", precision: str = "") -> Classifier:
+        """It, ready for crops, in the run's own precision unless another is named. On the CPU the
+        full layers' weights are not copied.
+        """
         assert self.statistics
         return Classifier(
             self.network,
             {name: torch.from_numpy(weight) for name, weight in self.weights.items()},
             torch.from_numpy(self.statistics.centre(self.network.crop)),
             scale=self.config.scale,
-            compute=getattr(torch, self.config.precision),
+            compute=getattr(torch, precision or self.config.precision),
             device=device,
         )
 

@@ -2,56 +2,155 @@
 
 from __future__ import annotations
 
+import json
 import os
+from importlib.util import find_spec
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from datasets.shards import open_dataset
 from pipeline import checkpoint
-from pipeline.optimizer import SGD
-from pipeline.tower import Tower
-from pipeline.weights import read_weights, write_weights
+from pipeline.network import Network
+from pipeline.plain import MEAN, code, module, run_onnx, to_onnx
+from pipeline.weights import packed
 from workers.config import UserError, configure
 from workers.data import classes_of, keep, known_statistics
-from workers.run import RunFolder, checkpoint_url
-from workers.trained import pick_step
+from workers.errors import RunFailed
+from workers.initial import read_initial
+from workers.output import check_output, write_output
+from workers.run import RunFolder
+from workers.trained import Trained, open_trained
 
 README = """# {name}
 
-{parameters:,} parameters of `{network}`, step {step} of {run}, by Towers. In plain PyTorch:
+{parameters:,} parameters of `{network}`, step {step} of {run}, by Towers; {classes} classes.
+Images are brought to {image} x {image} pixels, of which it sees the centre, {crop} x {crop}.
+{use}"""
+
+TORCH = """
+In plain PyTorch:
 
 ```python
-from safetensors.torch import load_file
-
-weights = load_file("{name}")  # or torch.load for .pt
-for name, weight in weights.items():
-    print(name, tuple(weight.shape))  # conv1.weight (96, 3, 11, 11), ...
+{code}
+{load}
+net.eval()  # net(pixels).softmax(1) are the probabilities
 ```
 
-Convolutions that don't cross the towers have two groups: `torch.nn.Conv2d(..., groups=2)`.
+To train it on 20 classes of your own, all but the convolutions:
+
+```python
+net.{last} = nn.Linear(net.{last}.in_features, 20)
+for name, parameter in net.named_parameters():
+    parameter.requires_grad = not name.startswith("conv")
+net.train()
+```
 """
+
+ONNX = """
+With NumPy and onnxruntime, where `pixels` are float32 [n, 3, {crop}, {crop}], RGB from 0 to 255:
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("{name}")
+(logits,) = session.run(["logits"], {{"pixels": pixels}})
+names = session.get_modelmeta().custom_metadata_map["names"]  # of the classes, as JSON
+```
+"""
+
+NAMELESS = "del net.pixels  # no mean is known; it takes (pixels - mean) * {scale}\n"
+
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+CLOSE = 1e-4  # of the greatest logit: how near onnxruntime has to come to the network itself
 
 
 def export(run: str, file: str, step: int | None = None) -> dict[str, Any]:
-    """Writes the weights of a run's last checkpoint, or that of a step, and a README beside them.
+    """Writes the network of a run's last checkpoint, or that of a step, and a README beside it.
 
-    Raises UserError if there is no such checkpoint, or the file cannot be written.
+    Its weights and the mean that it takes off pixels as `.safetensors` or `.pt`; all of it as
+    `.onnx`, which is run and compared first. Raises UserError if there is no such checkpoint, the
+    file cannot be written, or ONNX's packages are not there.
     """
-    step = pick_step(run, step)
-    config = configure({}, f"{run}/config.toml")
-    weights = checkpoint.load_weights(checkpoint_url(run, step))
-    classes = len(weights[f"{config.build(1000).layers[-1].name}.bias"])
-    about = {"network": config.network, "classes": str(classes), "step": str(step)}
-    try:
-        write_weights(file, weights, about | {"recipe": config.to_toml()})
-        parameters = sum(weight.numel() for weight in weights.values())
-        values = {"name": os.path.basename(file), "parameters": parameters, "step": step}
-        with open(f"{file}.md", "w") as f:
-            f.write(README.format(**values, network=config.network, run=run))
-    except OSError as error:
-        raise UserError(f"{file} cannot be written: {error}") from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return {"file": file, "step": step, "parameters": parameters, "classes": classes}
+    if file.endswith(".onnx"):
+        _check_packages(file)
+    trained = open_trained(run, step)
+    network, config = trained.network, trained.config
+    weights = {name: torch.from_numpy(weight) for name, weight in trained.weights.items()}
+    about = {
+        "network": config.network,
+        "classes": str(network.classes),
+        "step": str(trained.step),
+        "recipe": config.to_toml(),
+    }
+    if trained.classes:
+        about["names"] = json.dumps(trained.classes.names)
+    check_output(file)
+    if file.endswith(".onnx"):
+        data, use = _onnx(trained, about), ONNX
+    else:
+        mean = _mean(trained)
+        try:
+            data = packed(file, weights | mean, about)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        use = _in_torch(network, config.scale, file, known=bool(mean))
+    write_output(file, data)
+    parameters = sum(weight.numel() for weight in weights.values())
+    said = {"name": os.path.basename(file), "crop": network.crop, "run": run}
+    result = {"step": trained.step, "parameters": parameters, "classes": network.classes}
+    said |= {**result, "network": config.network, "image": config.image}
+    text = README.format(**said, use=use.format(**said) if use is ONNX else use)
+    write_output(f"{file}.md", text.encode())
+    return {"file": file, **result}
+
+
+def _check_packages(file: str) -> None:
+    if missing := [name for name in NEEDED if not find_spec(name)]:
+        raise UserError(f"{file} needs {', '.join(missing)}: pip install 'towers[onnx]'")
+
+
+def _mean(trained: Trained) -> dict[str, Tensor]:
+    """What is taken off pixels by its name in a file, {} if the run does not know it."""
+    if not trained.statistics:
+        return {}
+    mean = torch.from_numpy(trained.statistics.centre(trained.network.crop))
+    return {MEAN: mean.permute(2, 0, 1)}
+
+
+def _in_torch(network: Network, scale: float, file: str, *, known: bool) -> str:
+    name = os.path.basename(file)
+    load = "" if known else NAMELESS.format(scale=scale)
+    if file.endswith(".pt"):
+        load += f'net.load_state_dict(torch.load("{name}"))'
+    else:
+        load += "from safetensors.torch import load_file\n\n"
+        load += f'net.load_state_dict(load_file("{name}"))'
+    last = network.layers[-1].name
+    return TORCH.format(code=code(network, scale), load=load, last=last)
+
+
+def _onnx(trained: Trained, about: dict[str, str]) -> bytes:
+    """The ONNX file, once onnxruntime computes with it what the network does."""
+    if not trained.statistics:
+        raise UserError(
+            f"{trained.run} does not know the mean of its training images; "
+            "`towers evaluate RUN --data SHARDS` finds and keeps it"
+        )
+    classifier = trained.classifier(precision="float32")
+    state = {name: torch.from_numpy(weight) for name, weight in trained.weights.items()}
+    net = module(trained.network, state | _mean(trained), trained.config.scale)
+    file = to_onnx(net, trained.network.crop, about)
+    side = trained.network.crop
+    draw = torch.Generator().manual_seed(0)
+    crops = torch.randint(0, 256, (3, side, side, 3), dtype=torch.uint8, generator=draw)
+    want = classifier.logits(crops)
+    got = run_onnx(file, crops.permute(0, 3, 1, 2).float().contiguous())
+    off = ((got - want).abs().max() / want.abs().max().clamp_min(1)).item()
+    if not off <= CLOSE:
+        raise RunFailed(f"onnxruntime is {off:.1e} off the network's logits: nothing is written")
+    return file
 
 
 def import_(file: str, run: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -61,26 +160,19 @@ def import_(file: str, run: str, given: dict[str, Any]) -> dict[str, Any]:
     Raises UserError if they are not the network's or of other classes than the run's shards, or the
     run is there already; DataError if there are no such shards.
     """
-    config = configure({**given, "run": run})
-    try:
-        network, weights = read_weights(file, config.build)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    config = configure({**given, "run": run, "init": file})
+    initial = read_initial(config)
+    classes = initial.network.classes
     data = open_dataset(config.shards) if config.shards else None
-    if data and len(data.classes) != network.classes:
+    if data and len(data.classes) != classes:
         raise UserError(
-            f"{file} tells {network.classes} classes apart, {config.shards} has {len(data.classes)}"
+            f"{file} tells {classes} classes apart, {config.shards} has {len(data.classes)}"
         )
     folder = RunFolder(config, resume=False)
     folder.create()
     if data:
         keep(folder.url, classes_of(data), known_statistics(config.image, data.root))
-    tower = Tower(network, seed=config.seed)
-    tower.load_state_dict({f"blocks.{name}": weight for name, weight in weights.items()})
-    optimizer = SGD(tower.weights(), rate=config.rate, momentum=config.momentum)
-    progress = {"step": 0, "skipped": 0, "evaluations": []}
-    checkpoint.save(folder.checkpoint(0), tower, optimizer, progress, None)
-    folder.event("import", file=file)
+    initial.begin(folder, config)
     folder.close()
     sha = checkpoint.weights_sha256(folder.checkpoint(0))
-    return {"run": config.run, "classes": network.classes, "weights_sha256": sha}
+    return {"run": config.run, "classes": classes, "weights_sha256": sha}

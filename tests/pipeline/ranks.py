@@ -204,6 +204,7 @@ def make_trainer(
     rate: float = 0.01,
     cuts: Sequence[str] = (),
     schedule: Kind = "1f1b",
+    frozen: range = range(0),
 ) -> Trainer:
     """This rank's trainer, as the tower actors of a run make theirs."""
     tower = Tower(
@@ -214,6 +215,7 @@ def make_trainer(
         dtype=dtype,
         compute=compute,
         layers=cut_network(network, mesh.stages, cuts)[place(mesh)[1]],
+        frozen=frozen,
     )
     groups = devices(mesh)
     return Trainer(
@@ -242,9 +244,9 @@ def gradients(
     replica = this_rank(mesh)[0]
     part = cut(images, *cuts[replica : replica + 2]) if cuts else images
     totals = trainer.gradients(seen(part, trainer), step=7)
-    found = {name: p.grad for name, p in trainer.tower.weights().items()}
-    assert all(g is not None for g in found.values())
-    return totals, {name: g for name, g in found.items() if g is not None}
+    weights = trainer.tower.weights()
+    assert all((p.grad is not None) == p.requires_grad for p in weights.values())
+    return totals, {name: p.grad for name, p in weights.items() if p.grad is not None}
 
 
 def joined(shares: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -23,10 +23,10 @@ State = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
-    """Weights and momenta, copied."""
+    """Weights, and momenta of those that are trained, copied."""
     weights, momenta = trainer.tower.weights(), trainer.optimizer.momenta()
     found = {name: p.detach().clone() for name, p in weights.items()}
-    return found | {f"v {name}": momenta[p].clone() for name, p in weights.items()}
+    return found | {f"v {name}": momenta[p].clone() for name, p in weights.items() if p in momenta}
 
 
 def write(network: Network, path: str, mesh: Mesh, steps: int = 2) -> dict[str, Tensor]:

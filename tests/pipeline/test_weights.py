@@ -11,7 +11,7 @@ import torch
 
 from pipeline.network import build
 from pipeline.tower import Tower
-from pipeline.weights import read_about, read_weights, write_weights
+from pipeline.weights import packed, read_about, read_weights
 
 MAKE = partial(build, "cifar")
 
@@ -25,7 +25,7 @@ def weights() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
 def test_weights_come_back(ending: str, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     file = f"{tmp_path}/w.{ending}"
-    write_weights(file, weights, {"network": "cifar", "classes": "7"})
+    Path(file).write_bytes(packed(file, weights, {"network": "cifar", "classes": "7"}))
     network, found = read_weights(file, MAKE)
     assert network.classes == 7
     assert found.keys() == weights.keys()
@@ -33,8 +33,9 @@ def test_weights_come_back(ending: str, weights: dict[str, torch.Tensor], tmp_pa
 
 
 def test_what_is_said_of_them_comes_back(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    write_weights(f"{tmp_path}/w.safetensors", weights, {"network": "cifar", "names": "[1, 2]"})
-    about = read_about(f"{tmp_path}/w.safetensors")
+    file = f"{tmp_path}/w.safetensors"
+    Path(file).write_bytes(packed(file, weights, {"network": "cifar", "names": "[1, 2]"}))
+    about = read_about(file)
     assert (about["network"], about["names"]) == ("cifar", [1, 2])
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -106,3 +109,44 @@ def test_an_unknown_option_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None
         main(["train", "--netwrok", "alexnet"])
     assert end.value.code == 2
     assert "--netwrok" in capsys.readouterr().err
+
+
+def test_a_terminal_has_colours_unless_it_wants_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+    def described() -> str:
+        assert main(["describe", "--network", "cifar"]) == 0
+        return capsys.readouterr().out
+
+    plain = described()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    coloured = described()
+    assert coloured.startswith("\x1b[1mlayer")
+    assert re.sub(r"\x1b\[\d+m", "", coloured) == plain
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert described() == plain
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        (["tra"], "train"),
+        (["train", "--net"], "--network"),
+        (["train", "--network", "alexnet-"], "alexnet-2012 alexnet-mini"),
+        (["evaluate", "--crops", ""], "1 10"),
+        (["evaluate", "run", "--wo"], "--workers"),
+        (["predict", "photo"], ""),  # bash itself completes files
+    ],
+)
+def test_bash_completes_commands_options_and_values(
+    words: list[str], completed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["completion", "bash"]) == 0
+    line = " ".join(f"'{word}'" for word in ["towers", *words])
+    script = f'COMP_WORDS=({line}); COMP_CWORD={len(words)}; _towers; echo "${{COMPREPLY[@]}}"'
+    text = capsys.readouterr().out + script
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == (completed, "")

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from datasets import DataError
 from datasets.augmentation import ten_crops
 from datasets.drawn import draw
 from datasets.images import decode, encode
@@ -94,6 +95,16 @@ def test_rows_need_no_label_and_bad_ones_are_skipped(
     table = pq.read_table(file)
     assert table["row"].to_pylist() == [0, 1, 3]
     assert table["path"].to_pylist() == ["0.jpg", "1.jpg", None]
+
+
+def test_shards_need_no_label_column(trained: Path, tmp_path: Path) -> None:
+    url, output = "memory://bare", f"{tmp_path}/p.parquet"
+    images = [{"bytes": encode(draw(0, "x", n)[0]), "path": f"{n}.jpg"} for n in range(3)]
+    with fsspec.open(f"{url}/test.parquet", "wb") as file:
+        pq.write_table(pa.table({"image": images}), file)
+    assert predict_rows(str(trained / "run"), url, output)["rows"] == 3
+    with pytest.raises(DataError, match="no column of integer labels"):
+        open_dataset(url)
 
 
 @pytest.mark.parametrize(

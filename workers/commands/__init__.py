@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from typing import Any
@@ -100,7 +101,9 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(args: argparse.Namespace, text: str, result: dict[str, Any]) -> int:
     """Prints a result as text, and as JSON if that was asked for; returns 0."""
-    print(text)
+    from workers.progress import styled
+
+    print(styled(text, sys.stdout))
     if getattr(args, "json", False):
         print(json.dumps(result))
     return 0

@@ -1,4 +1,4 @@
-"""`towers evaluate`, `predict` and `report`."""
+"""`towers evaluate`, `predict`, `neighbours` and `report`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from workers.commands import command, count, on_error, show, workers
 from workers.config import UserError, locate
 
+STEP = "Of this checkpoint instead of the last."
 BAR, WIDTH = "\u2588", 40  # a full block, and how many of them are all of the probability
 
 
@@ -54,6 +55,23 @@ def add(commands: Any) -> None:
     on_error(predict)
     workers(predict)
 
+    near = command(
+        commands,
+        "neighbours",
+        "find the training images that a network finds most like an image",
+        "towers neighbours RUN cat.jpg --data SHARDS --output sheet.png",
+        _neighbours,
+    )
+    near.add_argument("run", metavar="RUN", help="Folder or URL of the run.")
+    near.add_argument("images", nargs="+", metavar="IMAGE", help=images)
+    near.add_argument("--data", metavar="SHARDS", help="Among these; the run's own if unset.")
+    near.add_argument("--split", metavar="NAME", help="Split of the shards. [train]")
+    near.add_argument("--k", type=int, help="How many of each. [5]")
+    near.add_argument("--output", metavar="FILE.png", help="A contact sheet of them.")
+    near.add_argument("--step", type=int, help=STEP)
+    on_error(near)
+    workers(near)
+
     report = command(
         commands,
         "report",
@@ -73,7 +91,7 @@ def _network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--crops", type=int, choices=(1, 10), help="Crops of each image: its centre, or ten. [1]"
     )
-    parser.add_argument("--step", type=int, help="Of this checkpoint instead of the last.")
+    parser.add_argument("--step", type=int, help=STEP)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -96,6 +114,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _predict(args: argparse.Namespace) -> int:
     from workers.predict import predict
+    from workers.progress import styled
 
     run, given, found = locate(args.run), _given(args), []
     if data := getattr(args, "data", ""):
@@ -108,7 +127,7 @@ def _predict(args: argparse.Namespace) -> int:
     bar = BAR if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
     bar = bar if sys.stdout.isatty() else ""
     for line in predict(run, args.images, **given):
-        print(prediction(line, bar))
+        print(styled(prediction(line, bar), sys.stdout))
         found.append(line)
     if getattr(args, "json", False):
         print(json.dumps({"run": run, "crops": given.get("crops", 1), "images": found}))
@@ -125,6 +144,27 @@ def _predict_rows(args: argparse.Namespace, run: str, data: str, given: dict[str
     result = predict_rows(run, locate(data), locate(output), **given)
     text = f"{result['file']}: {result['rows']} rows of {result['split']}"
     return show(args, text + _skipped(result), result)
+
+
+def _neighbours(args: argparse.Namespace) -> int:
+    from workers.neighbours import neighbours
+    from workers.progress import table
+
+    given = _given(args)
+    for name in ("data", "output"):
+        if place := getattr(args, name, ""):
+            given[name] = locate(place)
+    if hasattr(args, "k"):
+        given["k"] = args.k
+    result = neighbours(locate(args.run), args.images, **given)
+    texts = []
+    for one in result["images"]:
+        near = one["neighbours"]
+        rows: list[tuple[str, ...]] = [
+            (n["title"], f"{n['distance']:.4g}", n["place"]) for n in near
+        ]
+        texts.append(table(rows, (one["image"], "distance", "where")))
+    return show(args, "\n\n".join(texts), result)
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def _train(args: argparse.Namespace) -> int:
             raise UserError("--resume needs --run RUN, the run to go on with")
         if file:
             raise UserError("--config has no effect with --resume: RUN holds its configuration")
+        if "init" in said:
+            raise UserError("--init has no effect with --resume: RUN has weights")
         file = f"{locate(said['run'])}/config.toml"
     config = configure(said, file)
 

@@ -13,12 +13,12 @@ def add(commands: Any) -> None:
     export = command(
         commands,
         "export",
-        "write a run's weights into a file",
+        "write a run's network into a file, and how to use it beside it",
         "towers export RUN alexnet.safetensors",
         _export,
     )
     export.add_argument("run", metavar="RUN", help=help_of("run"))
-    export.add_argument("file", metavar="FILE", help="A name in .safetensors or .pt.")
+    export.add_argument("file", metavar="FILE", help="A name in .safetensors, .pt or .onnx.")
     export.add_argument("--step", type=int, help="Of this checkpoint instead of the last.")
 
     import_ = command(
@@ -36,14 +36,14 @@ def add(commands: Any) -> None:
 def _export(args: argparse.Namespace) -> int:
     from workers.weights import export
 
-    return _show(args, export(locate(args.run), args.file, getattr(args, "step", None)))
+    return _show(args, export(locate(args.run), locate(args.file), getattr(args, "step", None)))
 
 
 def _import(args: argparse.Namespace) -> int:
     from workers.weights import import_
 
     said = {name: value for name, value in given(args).items() if name != "run"}
-    return _show(args, import_(args.file, locate(args.run), said))
+    return _show(args, import_(locate(args.file), locate(args.run), said))
 
 
 def _show(args: argparse.Namespace, result: dict[str, Any]) -> int:

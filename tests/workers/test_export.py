@@ -1,0 +1,105 @@
+"""Exported files: what their README says to do with them is done, and gives what the run gives."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from datasets.drawn import CLASSES
+from workers.cli import main
+from workers.trained import open_trained
+from workers.weights import export, import_
+
+
+def crops(n: int) -> Tensor:
+    draw = torch.Generator().manual_seed(n)
+    return torch.randint(0, 256, (n, 64, 64, 3), dtype=torch.uint8, generator=draw)
+
+
+def blocks(file: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", Path(f"{file}.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_the_readme_loads_it_in_plain_torch_and_trains_it_on_other_classes(
+    ending: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, file = str(trained / "run"), tmp_path / f"w.{ending}"
+    assert main(["export", run, str(file)]) == 0
+    monkeypatch.chdir(tmp_path)
+    use, tune = blocks(file)
+    made: dict[str, Any] = {}
+    exec(use, made)
+    net, some = made["net"], crops(5)
+    pixels = some.permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        torch.testing.assert_close(net(pixels), open_trained(run).classifier().logits(some))
+    exec(tune, made)
+    nn.functional.cross_entropy(net(pixels), torch.tensor([0, 5, 10, 15, 19])).backward()
+    learned = {name for name, p in net.named_parameters() if p.grad is not None}
+    assert learned == {f"fc{n}.{kind}" for n in (6, 7, 8) for kind in ("weight", "bias")}
+
+
+def test_onnx_takes_any_number_of_images_and_knows_the_classes(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, file = str(trained / "run"), tmp_path / "w.onnx"
+    assert main(["export", run, str(file), "--step", "3"]) == 0
+    monkeypatch.chdir(tmp_path)
+    (use,) = blocks(file)
+    classifier = open_trained(run, 3).classifier()
+    for n in (1, 7):
+        made: dict[str, Any] = {"pixels": np.float32(crops(n).permute(0, 3, 1, 2))}
+        exec(use, made)
+        np.testing.assert_allclose(made["logits"], classifier.logits(crops(n)), rtol=0, atol=1e-4)
+        assert json.loads(made["names"]) == list(CLASSES)
+
+
+def test_what_cannot_be_exported_is_told_and_leaves_no_file(
+    trained: Path,
+    shards: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    export(str(trained / "run"), f"{tmp_path}/w.pt")
+    bad = torch.load(f"{tmp_path}/w.pt")
+    bad["fc8.bias"][0] = torch.nan
+    torch.save(bad, tmp_path / "bad.pt")
+    given = {"network": "alexnet-mini"}
+    import_(f"{tmp_path}/bad.pt", f"{tmp_path}/bad", {**given, "shards": shards})
+    import_(f"{tmp_path}/w.pt", f"{tmp_path}/bare", given)
+    capsys.readouterr()
+
+    def said(code: int, run: str, file: str) -> str:
+        assert main(["export", f"{tmp_path}/{run}", f"{tmp_path}/{file}"]) == code
+        assert not list(tmp_path.glob(f"{file}*"))
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "onnxruntime is nan off the network's logits: nothing is written" in said(
+        1, "bad", "a.onnx"
+    )
+    assert "does not know the mean of its training images" in said(2, "bare", "a.onnx")
+    assert "a name that ends in .safetensors, .pt or .onnx is wanted" in said(2, "bare", "a.bin")
+    assert "no checkpoint there" in said(2, "nothing", "a.onnx")
+    assert "cannot be written" in said(2, "bad", "none/a.pt")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert "a.onnx needs onnxscript: pip install 'towers[onnx]'" in said(2, "bad", "a.onnx")
+
+    # Without a mean the README says so, and its code runs.
+    file = tmp_path / "bare.safetensors"
+    export(f"{tmp_path}/bare", str(file))
+    monkeypatch.chdir(tmp_path)
+    made: dict[str, Any] = {}
+    exec(blocks(file)[0], made)
+    assert made["net"](torch.zeros(1, 3, 64, 64)).shape == (1, 10)

@@ -1,0 +1,85 @@
+"""`towers neighbours`: the nearest are found, the index is built once, and anew when stale."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.augmentation import centre_crop
+from datasets.drawn import write_drawn
+from datasets.images import decode
+from datasets.rows import Rows
+from datasets.shards import open_dataset
+from workers.cli import main
+from workers.config import UserError
+from workers.neighbours import neighbours
+from workers.trained import open_trained
+
+
+@pytest.fixture(scope="module")
+def shards() -> str:
+    """150 images that lie in this process, where no Ray is needed to read them."""
+    write_drawn("memory://near", train=150, val=50)
+    return "memory://near"
+
+
+@pytest.fixture(scope="module")
+def run(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return shutil.copytree(trained / "run", f"{tmp_path_factory.mktemp('near')}/run")
+
+
+def test_the_nearest_are_those_of_the_features(
+    run: str, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = Rows(open_dataset(shards), "train").read(np.arange(150))
+    pixels = np.stack([centre_crop(decode(r.image, "", 72), 64) for r in records])
+    features = open_trained(run).classifier().features(torch.from_numpy(pixels)).double()
+    assert features.shape == (150, 1024)
+    files = []
+    for row in (3, 149):
+        files.append(f"{tmp_path}/{row}.jpg")
+        Path(files[-1]).write_bytes(records[row].image)
+    sheet = f"{tmp_path}/sheet.png"
+    options = ["--data", shards, "--k", "4", "--output", sheet, "--json"]
+    assert main(["neighbours", run, *files, *options]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert (result["step"], result["split"], result["file"]) == (6, "train", sheet)
+    for row, one in zip((3, 149), result["images"], strict=True):
+        want = (features - features[row]).square().sum(1).sqrt()
+        near = one["neighbours"]
+        assert [n["row"] for n in near] == want.argsort()[:4].tolist()
+        assert near[0]["distance"] == pytest.approx(0, abs=1e-4)  # the image itself
+        for n in near:
+            assert n["distance"] == pytest.approx(want[n["row"]].item(), abs=1e-4)
+            assert n["class"] == n["title"] == open_dataset(shards).classes[n["row"] % 10]
+        assert near[1]["place"] in out
+    with Image.open(sheet) as picture:
+        assert picture.format == "PNG"
+        # The first of a line is the image, the second, the same image, its nearest.
+        first, second = (picture.crop((left, 8, left + 144, 152)) for left in (8, 176))
+        assert np.abs(np.int16(first) - np.int16(second)).max() == 0
+
+
+def test_the_index_is_kept_until_checkpoint_or_rows_are_others(
+    run: str, shards: str, tmp_path: Path
+) -> None:
+    image = f"{tmp_path}/a.png"
+    Image.new("RGB", (80, 60), "red").save(image)
+
+    def written(**given: object) -> float:
+        neighbours(run, [image], data=shards, **given)  # type: ignore[arg-type]
+        return Path(f"{run}/neighbours/index.json").stat().st_mtime_ns
+
+    first = written()
+    assert written() == first
+    other = written(step=3)
+    assert first != other != written(step=3, split="val")
+    with pytest.raises(UserError, match="k is 0: at least 1"):
+        neighbours(run, [image], k=0)
