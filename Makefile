@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test lint environment clean
+.PHONY: train test lint bench environment clean
 
 environment: $(STAMP)
 
@@ -20,6 +20,12 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Tables of figures and ratios, in bench/ as JSON and Markdown with the machine's description.
+bench: $(STAMP)
+	mkdir -p bench
+	set -e; for name in step stream scaling startup; do \
+	  $(BIN)/python benchmarks/$$name.py --json bench/$$name.json; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

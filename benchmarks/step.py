@@ -1,8 +1,8 @@
 """A training step of `alexnet` against the same network in plain torch modules, on the same cores.
 
-    python benchmarks/step.py [--batch 128] [--steps 3] [--only WORD] [--json FILE]
+    python benchmarks/step.py [--batch 128] [--steps 3] [--only WORD] [--device cuda] [--json FILE]
 
-Needs torch alone. Each row is a fresh process, because an allocator's settings are a process's:
+Needs torch alone (`PYTHONPATH=.` where Towers is not installed). Each row is a fresh process, because an allocator's settings are a process's:
 
 - "plain": torch.nn's grouped convolutions, LocalResponseNorm (within each column), CrossEntropyLoss
   and torch.optim.SGD, sixteen bits by autocast; as people run it, with Towers' allocator settings,
@@ -23,16 +23,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from table import publish
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks.table import publish
 from pipeline import host
 from pipeline.crossing import Pair
 from pipeline.network import Network, build
@@ -41,6 +38,7 @@ from pipeline.tower import Tower
 from pipeline.training import Images, Trainer
 
 CLASSES = 1000
+PEER, KEPT = "as people run it", "our allocator settings"
 
 
 class Plain(nn.Module):
@@ -83,18 +81,21 @@ def plain(case: dict[str, Any]) -> Callable[[int], None]:
     """A step of the peer."""
     last = case["layout"] == "channels-last"
     layout = torch.channels_last if last else torch.contiguous_format
-    model: Any = Plain().to(memory_format=layout)
+    device = case["device"]
+    model: Any = Plain().to(device, memory_format=layout)
     if case.get("compiled"):
         model = torch.compile(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=5e-4)
     criterion, batch = nn.CrossEntropyLoss(), images(case["batch"], 224)
+    labels = batch.labels.to(device)
     half = case["precision"] == "bfloat16"
 
     def step(_: int) -> None:
-        x = (batch.crops.permute(0, 3, 1, 2).float() - 120.0).contiguous(memory_format=layout)
+        x = batch.crops.to(device).permute(0, 3, 1, 2).float() - 120.0
+        x = x.contiguous(memory_format=layout)
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = criterion(model(x), batch.labels)
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            loss = criterion(model(x), labels)
         loss.backward()
         optimizer.step()
 
@@ -112,7 +113,7 @@ def trainer(case: dict[str, Any], network: Network) -> Trainer:
         pair = Pair(torch.distributed.group.WORLD)
     share = Tower(
         network, seed=0, towers=towers, tower=tower, compute=getattr(torch, case["precision"])
-    )
+    ).to(case["device"])
     mean = torch.full((network.crop, network.crop, 3), 120.0)
     return Trainer(share, SGD(share.weights(), rate=0.001), mean, seed=0, pair=pair)
 
@@ -124,16 +125,25 @@ def towers(case: dict[str, Any]) -> Callable[[int], None]:
     return lambda step: ours.step(batch, step) and None  # type: ignore[func-returns-value]
 
 
-def gemm_rate(precision: str) -> float:
-    """Floating-point operations a second of a product of 2048 x 2048 matrices, the best of ten."""
-    a = torch.randn(2048, 2048).to(getattr(torch, precision))
-    return 2 * 2048**3 / min(_seconds(lambda: a @ a) for _ in range(10))
+def gemm_rate(precision: str, device: str) -> float:
+    """Floating-point operations a second of a product of square matrices, the best of ten."""
+    side = 2048 if device == "cpu" else 8192
+    a = torch.randn(side, side).to(device, getattr(torch, precision))
+    return 2 * side**3 / min(_seconds(lambda: a @ a) for _ in range(10))
 
 
 def _seconds(job: Callable[[], Any]) -> float:
+    _ready()
     start = time.perf_counter()
     job()
+    _ready()
     return time.perf_counter() - start
+
+
+def _ready() -> None:
+    """A GPU has done what it was asked to."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def work(network: Network) -> int:
@@ -150,7 +160,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     if case.get("allocator", True):
         host.prepare(threads)
     torch.set_num_threads(threads)
-    rate = gemm_rate(case["precision"])
+    rate = gemm_rate(case["precision"], case["device"])
     step = (plain if case["name"] == "plain" else towers)(case)
     for warm in range(2):
         step(warm)
@@ -176,24 +186,27 @@ def spawn(case: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(answers[0].splitlines()[-1]))
 
 
-def cases(batch: int, steps: int, cores: int) -> list[tuple[str, dict[str, Any]]]:
+def cases(batch: int, steps: int, cores: int, device: str) -> list[tuple[str, dict[str, Any]]]:
     """Rows, each with what to run; rows of one name are layouts, of which the best counts."""
     found: list[tuple[str, dict[str, Any]]] = []
-    common = {"batch": batch, "steps": steps, "cores": cores}
+    common = {"batch": batch, "steps": steps, "cores": cores, "device": device}
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        (PEER, {"allocator": False}),
+        (KEPT, {}),
+        (f"{KEPT}, compiled", {"compiled": True}),
+    ]
+    if device != "cpu":  # an allocator has no such settings, and two processes no device each
+        kinds = [(PEER, {}), (f"{PEER}, compiled", {"compiled": True})]
     for precision in ("float32", "bfloat16"):
         base = {**common, "precision": precision}
-        for kind, more in (
-            ("as people run it", {"allocator": False}),
-            ("our allocator settings", {}),
-            ("our allocator settings, compiled", {"compiled": True}),
-        ):
+        for kind, more in kinds:
             for layout in ("channels-first", "channels-last"):
                 name = f"plain {precision}, {kind}"
                 found.append((name, {**base, "name": "plain", "layout": layout, **more}))
         found.append((f"towers {precision}", {**base, "name": "towers"}))
-        found.append(
-            (f"towers {precision}, two processes", {**base, "name": "towers", "towers": 2})
-        )
+        if device == "cpu":
+            two = {**base, "name": "towers", "towers": 2}
+            found.append((f"towers {precision}, two processes", two))
         found.append((f"towers {precision}, no LRN", {**base, "name": "towers", "lrn": False}))
     return found
 
@@ -201,7 +214,7 @@ def cases(batch: int, steps: int, cores: int) -> list[tuple[str, dict[str, Any]]
 def kept(batch: int, precision: str) -> list[dict[str, Any]]:
     """The tensors that forward keeps for backward, by size; weights apart."""
     network = build("alexnet", CLASSES)
-    ours = trainer({"precision": precision}, network)
+    ours = trainer({"precision": precision, "device": "cpu"}, network)
     weights = {p.untyped_storage().data_ptr() for p in ours.tower.parameters()}
     seen: dict[int, dict[str, Any]] = {}
 
@@ -221,10 +234,9 @@ def kept(batch: int, precision: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument(
-        "--steps", type=int, default=3, help="timed steps, of which the best counts"
-    )
+    parser.add_argument("--steps", type=int, default=3, help="timed, of which the best counts")
     parser.add_argument("--only", default="", help="rows whose name has this")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--memory", action="store_true", help="what a step keeps for backward")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -237,7 +249,7 @@ def main() -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     best: dict[str, dict[str, Any]] = {}
-    for name, case in cases(options.batch, options.steps, cores or 1):
+    for name, case in cases(options.batch, options.steps, cores or 1, options.device):
         if options.only not in name:
             continue
         found = spawn(case)
@@ -247,9 +259,9 @@ def main() -> None:
     for name, row in best.items():
         precision = "bfloat16" if "bfloat16" in name else "float32"
         for column, against in (
-            ("to plain", f"plain {precision}, as people run it"),
-            ("to it with our allocator", f"plain {precision}, our allocator settings"),
-            ("to plain float32", "plain float32, as people run it"),
+            ("to plain", f"plain {precision}, {PEER}"),
+            ("with our allocator", f"plain {precision}, {KEPT}"),
+            ("to plain float32", f"plain float32, {PEER}"),
             ("to no LRN", f"towers {precision}, no LRN"),
         ):
             if against in best:
