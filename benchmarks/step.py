@@ -2,7 +2,8 @@
 
     python benchmarks/step.py [--batch 128] [--steps 3] [--only WORD] [--device cuda] [--json FILE]
 
-Needs torch alone (`PYTHONPATH=.` where Towers is not installed). Each row is a fresh process, because an allocator's settings are a process's:
+Needs torch alone (`PYTHONPATH=.` where Towers is not installed). Each row is a fresh process,
+because an allocator's settings are a process's:
 
 - "plain": torch.nn's grouped convolutions, LocalResponseNorm (within each column), CrossEntropyLoss
   and torch.optim.SGD, sixteen bits by autocast; as people run it, with Towers' allocator settings,
