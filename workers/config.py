@@ -28,6 +28,9 @@ class Config(Recipe):
     """
 
     shards: str = setting("", "Folder or URL of Parquet shards; the drawn data set if unset.")
+    images: int | None = setting(
+        None, "Training images that are used, rounded up to whole row groups; all if unset."
+    )
     run: str = setting("", "Folder or URL of the run.")
     steps: int | None = setting(None, "Training steps after which the run ends, if before EPOCHS.")
     seed: int = setting(0, "Of weights, dropout, order and augmentation.")
@@ -53,7 +56,7 @@ class Config(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "checkpoint_every", "log_every"):
+        for name in ("images", "steps", "checkpoint_every", "log_every"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
         self._at_least("keep", 1)

@@ -137,6 +137,13 @@ class RunFolder:
         return self.path + url[len(self.url) :]
 
 
+def is_run(url: str) -> bool:
+    """Whether a run has begun in this folder or URL."""
+    fs, path = fsspec.core.url_to_fs(url)
+    found: bool = fs.exists(f"{path}/{CONFIG}")
+    return found
+
+
 def checkpoint_url(run: str, step: int) -> str:
     """The folder or URL of a run's checkpoint of a step."""
     return f"{run}/checkpoints/step-{step:08d}"
@@ -144,9 +151,9 @@ def checkpoint_url(run: str, step: int) -> str:
 
 def write_scale(run: str, augmenters: str) -> None:
     """Asks a run for a fleet of another size. Raises UserError if there is no such run."""
-    fs, path = fsspec.core.url_to_fs(run)
-    if not fs.exists(f"{path}/{CONFIG}"):
+    if not is_run(run):
         raise UserError(f"{run}: no run there")
+    fs, path = fsspec.core.url_to_fs(run)
     write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
 
 

@@ -28,6 +28,7 @@ from workers.data import check_classes, classes_of, drawn, keep, statistics_of
 from workers.errors import RunFailed
 from workers.fleet import Fleet
 from workers.placement import Placement
+from workers.pool import Pool
 from workers.progress import Progress
 from workers.run import RunFolder
 from workers.towers import Job
@@ -43,10 +44,12 @@ def train(
     progress: Progress | None = None,
     deaths: int = 0,
     progressed: Callable[[], object] | None = None,
+    pool: Pool | None = None,
 ) -> dict[str, Any]:
     """Trains as configured and returns the result: the keys of `towers train --json`.
 
-    Starts Ray on this machine unless a cluster is at hand. `deaths` is how many processes before
+    Starts Ray on this machine unless a cluster is at hand. With a `pool`, whose augmenters it
+    takes, it is one of several runs side by side. `deaths` is how many processes before
     this one died at the same run; `progressed` is called at each checkpoint. Raises UserError or
     `DataError` for what the user can mend, RunFailed for a run that could not go on, `ClusterLost`
     if that is because this process has no Ray any more.
@@ -58,13 +61,15 @@ def train(
         check_classes(dataset)
     folder = RunFolder(config, resume=None if deaths else resume)
     with connected():
-        where = placement.decide(placement.cluster_nodes(), config)
+        where = placement.decide(placement.cluster_nodes(), config, pool.runs if pool else 0)
         if not config.shards:
             dataset = drawn(folder, progress)
+        if config.images:
+            dataset = dataset.first("train", config.images)
         statistics = statistics_of(dataset, config, folder, where, progress)
         config = replace(config, towers=where.mesh.towers)
         job = _job(config, where, dataset, statistics, folder)
-        fleet = Fleet(dataset, job.itinerary, config, where, statistics)
+        fleet = Fleet(dataset, job.itinerary, config, where, statistics, pool)
         if advice := config.advice(len(dataset.classes)):
             progress.say(advice)
         known = partial(keep, folder.url, classes_of(dataset), statistics)
