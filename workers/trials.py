@@ -253,7 +253,7 @@ class _Reporter(Progress):
             tune.report(report, checkpoint=tune.Checkpoint.from_directory(place))
 
 
-class _Told(tune.Callback):  # type: ignore[misc]
+class _Told(tune.Callback):
     """A line for each report of a trial."""
 
     def __init__(self, progress: Progress) -> None:
@@ -284,7 +284,7 @@ class _Told(tune.Callback):  # type: ignore[misc]
         self.progress = Progress()
 
 
-class _Stop(tune.Stopper):  # type: ignore[misc]
+class _Stop(tune.Stopper):
     """Ends a trial once `stop(report)`."""
 
     def __init__(self, stop: Callable[[dict[str, Any]], bool]) -> None:
