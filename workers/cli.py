@@ -7,10 +7,10 @@ import os
 import sys
 
 from datasets import DataError
-from workers.commands import data, jobs, results, training, weights
+from workers.commands import data, jobs, results, search, training, weights
 from workers.config import UserError
 
-COMMANDS = (training, data, results, weights, jobs)
+COMMANDS = (training, data, results, search, weights, jobs)
 
 
 def program() -> int:

@@ -153,7 +153,7 @@ def read(file: str) -> dict[str, Any]:
         if name not in known:
             raise UserError(f"{file}: unknown field {name!r}")
         want = str(known[name].type)
-        if not _fits(value, want):
+        if not fits(value, want):
             raise UserError(f"{file}: {name} is {value!r}: a value of type {want} is wanted")
         if isinstance(value, list):
             values[name] = tuple(value)
@@ -162,7 +162,8 @@ def read(file: str) -> dict[str, Any]:
     return values
 
 
-def _fits(value: Any, want: str) -> bool:
+def fits(value: Any, want: str) -> bool:
+    """Whether a value out of a TOML file is of a field's type."""
     if want.startswith("tuple"):
         return isinstance(value, list) and all(type(v) in (int, float) for v in value)
     kinds = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
