@@ -64,11 +64,16 @@ class Search:
         rounded = {name: _rounded(value) for name, value in settings.items()}
         return configure({**self.fixed, **rounded, "run": run})
 
+    def nearest(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings, those outside the space brought to its edge."""
+        return {name: self.space[name].nearest(value) for name, value in settings.items()}
+
     def plan(self, parallel: int) -> Plan:
-        """The trials of it: the first has the recipe's own settings."""
+        """The trials of it: the first has the recipe's own settings, if the space has them."""
         base = self.config({}, "memory://")
         epochs = int(max(self.space["epochs"].ends)) if "epochs" in self.space else base.epochs
         own = published(base, self.space)
+        first = [own] if own == self.nearest(own) else []
         space = {name: _drawn(domain) for name, domain in self.space.items()}
         scheduler: Any = None
         if self.algorithm == "pbt":
@@ -76,6 +81,7 @@ class Search:
                 time_attr="epoch",
                 perturbation_interval=max(1, epochs // 10),
                 hyperparam_mutations={name: space[name] for name in self.changed},
+                custom_explore_fn=self.nearest,
             )
         elif self.early:
             scheduler = ASHAScheduler(
@@ -83,10 +89,10 @@ class Search:
             )
         searcher: Any = None
         if self.algorithm == "optuna":
-            searcher = OptunaSearch(seed=base.seed, points_to_evaluate=[own])
+            searcher = OptunaSearch(seed=base.seed, points_to_evaluate=first)
         else:
             searcher = BasicVariantGenerator(
-                points_to_evaluate=[own], max_concurrent=parallel, random_state=base.seed
+                points_to_evaluate=first, max_concurrent=parallel, random_state=base.seed
             )
         return Plan(space, self.trials, searcher, scheduler, parallel, self.minutes)
 

@@ -40,6 +40,12 @@ class Domain:
         """Values that are all allowed if every one of the domain is."""
         return self.choices or (self.low, self.high)
 
+    def nearest(self, value: Any) -> Any:
+        """The value itself if it is of the domain, else the nearer end, or the first choice."""
+        if self.choices:
+            return value if value in self.choices else self.choices[0]
+        return min(max(value, self.low), self.high)
+
 
 Space = dict[str, Domain]
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import fsspec
 from ray import tune
+from ray.tune.search import Searcher
 
 from datasets.drawn import write_drawn
 from datasets.shards import open_dataset
@@ -79,9 +81,8 @@ def run_trials(
     # wants it to ask for something: a byte.
     trainable = tune.with_resources(function, {"CPU": 0, "memory": 1})
     try:
-        if resume:
-            tuner = _restored(folder, trainable)
-        else:
+        tuner = _restored(folder, trainable, progress) if resume else None
+        if tuner is None:
             tuner = tune.Tuner(
                 trainable,
                 param_space=plan.space,
@@ -91,7 +92,9 @@ def run_trials(
                     mode="min",
                     search_alg=plan.searcher,
                     scheduler=plan.scheduler,
-                    max_concurrent_trials=parallel,
+                    # A generator of Tune's own has the limit in it.
+                    max_concurrent_trials=parallel if _limited(plan) else None,
+                    trial_dirname_creator=_id,
                     time_budget_s=60 * plan.minutes if plan.minutes else None,
                 ),
                 run_config=tune.RunConfig(
@@ -110,6 +113,15 @@ def run_trials(
     if trials and all(trial.failed for trial in trials):
         raise RunFailed(f"every trial failed; trial {trials[0].name}: {trials[0].failed}")
     return trials
+
+
+def _limited(plan: Plan) -> bool:
+    return plan.searcher is None or isinstance(plan.searcher, Searcher)
+
+
+def _id(trial: Any) -> str:
+    name: str = trial.trial_id
+    return name
 
 
 def slots() -> int:
@@ -152,7 +164,12 @@ def _statistics(folder: str, config: Config) -> str:
 
 def _trial(settings: dict[str, Any], make: Make, pool: Pool, folder: str) -> None:
     """One trial, in a process of its own."""
-    config = _placed(make(settings, tune.get_context().get_trial_id()))
+    try:
+        config = make(settings, tune.get_context().get_trial_id())
+    except UserError as error:  # settings that do not go together
+        tune.report({"top1_error": 1.0, "epoch": 0, "why": str(error)})
+        return
+    config = _placed(config)
     if found := known_statistics(config.image, _statistics(folder, config)):
         fs, path = fsspec.core.url_to_fs(config.run)
         fs.makedirs(path, exist_ok=True)
@@ -297,11 +314,18 @@ class _Stop(tune.Stopper):
         return False
 
 
-def _restored(folder: str, trainable: Any) -> Any:
+def _restored(folder: str, trainable: Any, progress: Progress) -> Any:
+    """Tune as it was when it last wrote down where it is; None if it had not got so far."""
     place = f"{folder}/{TUNE}"
-    if not tune.Tuner.can_restore(place):
-        raise UserError(f"{folder}: no search to resume")
-    return tune.Tuner.restore(place, trainable, resume_errored=True)
+    fs, path = fsspec.core.url_to_fs(place)
+    if not (tune.Tuner.can_restore(place) and fs.glob(f"{path}/experiment_state-*.json")):
+        progress.say("no trial had begun: from the start")
+        return None
+    tuner = tune.Tuner.restore(place, trainable, resume_errored=True)
+    found = [_told(result) for result in tuner.get_results()]
+    known = sum(bool(trial.report or trial.failed) for trial in found)
+    progress.say(f"{len(found)} trials restored, {known} of them with results")
+    return tuner
 
 
 def _told(result: Any) -> Trial:
@@ -318,5 +342,6 @@ def _silence() -> None:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    for name in ("ray.tune", "ray.train", "ray.air"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("ray.tune", "ray.train", "ray.air", "optuna"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=r"ray\.tune")
