@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from datasets import DataError
 from pipeline import checkpoint
 from workers.charts import Axis, Curve, Point, chart, colour
 from workers.config import UserError
@@ -25,7 +23,15 @@ from workers.evaluation_file import read_evaluation
 from workers.kernels import colourfulness, grid
 from workers.output import write_output
 from workers.page import page
-from workers.run import CONFIG, EVENTS, METRICS, checkpoint_url, checkpoints
+from workers.run import (
+    CONFIG,
+    EVENTS,
+    METRICS,
+    checkpoint_url,
+    checkpoints,
+    is_run,
+    read_lines,
+)
 
 REPORT = "report.html"
 WORST = 15  # classes that are listed
@@ -93,24 +99,12 @@ def report(runs: Sequence[str], output: str = "") -> dict[str, Any]:
 
 
 def _read(run: str, name: str) -> Told:
-    fs, path = fsspec.core.url_to_fs(run)
-    if not fs.exists(f"{path}/{CONFIG}"):
+    if not is_run(run):
         raise UserError(f"{run}: no run there")
-
-    def lines(file: str) -> list[dict[str, Any]]:
-        if not fs.exists(f"{path}/{file}"):
-            return []
-        whole = fs.cat_file(f"{path}/{file}").rpartition(b"\n")[0]  # a run may be writing
-        found = []
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                found.append(dict(json.loads(line)))
-            except (ValueError, TypeError):
-                raise DataError(f"{run}/{file} line {number}: no JSON; remove the line") from None
-        return found
-
+    fs, path = fsspec.core.url_to_fs(run)
     config = fs.cat_file(f"{path}/{CONFIG}").decode()
-    return Told(run, name, config, lines(METRICS), lines(EVENTS), read_evaluation(run))
+    metrics, events = (read_lines(run, file) for file in (METRICS, EVENTS))
+    return Told(run, name, config, metrics, events, read_evaluation(run))
 
 
 def _names(runs: Sequence[str]) -> list[str]:

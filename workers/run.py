@@ -144,6 +144,24 @@ def is_run(url: str) -> bool:
     return found
 
 
+def read_lines(run: str, name: str) -> list[dict[str, Any]]:
+    """The lines of one of a run's .jsonl files, [] if it is not there.
+
+    Raises DataError, naming the line, if one is damaged.
+    """
+    fs, path = fsspec.core.url_to_fs(run)
+    if not fs.exists(f"{path}/{name}"):
+        return []
+    whole = fs.cat_file(f"{path}/{name}").rpartition(b"\n")[0]  # a run may be writing
+    found = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise DataError(f"{run}/{name} line {number}: no JSON; remove the line") from None
+    return found
+
+
 def checkpoint_url(run: str, step: int) -> str:
     """The folder or URL of a run's checkpoint of a step."""
     return f"{run}/checkpoints/step-{step:08d}"

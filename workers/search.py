@@ -135,7 +135,8 @@ def _result(folder: str, wanted: Search, trials: list[Trial], seconds: float) ->
     # One that ended early is best only if none came to its end.
     reached = whole or [line for line in lines if line["state"] == "ended early"]
     if not reached:
-        raise RunFailed("no trial came to an evaluation; give it more --minutes")
+        why = next((f"all failed: {line['why']}" for line in lines), "give it more --minutes")
+        raise RunFailed(f"no trial came to an evaluation; {why}")
     best = min(reached, key=lambda line: line["top1_error"])
     own = {n: _rounded(v) for n, v in published(wanted.config({}, folder), wanted.space).items()}
     recipe = next((line for line in lines if line["settings"] == own), None)

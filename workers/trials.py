@@ -6,10 +6,8 @@ is killed. Tune only decides which runs there are, and which of them end early.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,21 +21,14 @@ from ray.tune.search import Searcher
 from datasets.drawn import write_drawn
 from datasets.shards import open_dataset
 from workers import placement
-from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import check_classes, known_statistics, measured
-from workers.errors import ClusterLost, RunFailed
 from workers.pool import Pool
 from workers.progress import Progress
-from workers.run import checkpoint_url, checkpoints, is_run
-from workers.supervisor import train
+from workers.trial import Make, statistics_place, trial
 
-TUNE = "tune"  # Tune's own files in the folder
-POINTER = "run.json"
+TUNE = "tune"
 FAILURES = 3  # times that a trial whose process was killed is started again
-
-Make = Callable[[dict[str, Any], str], Config]
-"""The configuration of a trial with these settings and this id; with it the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +58,26 @@ class Plan:
 
 
 def run_trials(
-    make: Make, plan: Plan, folder: str, progress: Progress, *, resume: bool = False
+    make: Make,
+    plan: Plan,
+    folder: str,
+    progress: Progress,
+    *,
+    name: str = TUNE,
+    resume: bool = False,
 ) -> list[Trial]:
-    """Runs the trials of a plan in `folder` (a path or URL); `resume` goes on with those that are
-    there. Within `connected`. Raises UserError if `resume` finds nothing, RunFailed if every trial
-    failed.
+    """Runs the trials of a plan, within `connected`; what they share lies in `folder` (a path or
+    URL), and there by `name` Tune's own files. `resume` goes on with the trials that are there.
     """
     _silence()
     parallel = plan.parallel or slots()
     pool = Pool.started(parallel, placement.cluster_nodes())
-    function = tune.with_parameters(_trial, make=make, pool=pool, folder=folder)
+    function = tune.with_parameters(trial, make=make, pool=pool, folder=folder)
     # A trial's own process only waits; the run inside it asks for its towers' room itself. Tune
     # wants it to ask for something: a byte.
     trainable = tune.with_resources(function, {"CPU": 0, "memory": 1})
     try:
-        tuner = _restored(folder, trainable, progress) if resume else None
+        tuner = _restored(f"{folder}/{name}", trainable, progress) if resume else None
         if tuner is None:
             tuner = tune.Tuner(
                 trainable,
@@ -98,7 +94,7 @@ def run_trials(
                     time_budget_s=60 * plan.minutes if plan.minutes else None,
                 ),
                 run_config=tune.RunConfig(
-                    name=TUNE,
+                    name=name,
                     storage_path=folder,
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=FAILURES),
@@ -109,10 +105,7 @@ def run_trials(
         found = [_told(result) for result in tuner.fit()]
     finally:
         pool.end()
-    trials = [trial for trial in found if trial.report or trial.failed]
-    if trials and all(trial.failed for trial in trials):
-        raise RunFailed(f"every trial failed; trial {trials[0].name}: {trials[0].failed}")
-    return trials
+    return [trial for trial in found if trial.report or trial.failed]
 
 
 def _limited(plan: Plan) -> bool:
@@ -149,125 +142,13 @@ def prepare_data(configs: Sequence[Config], folder: str, progress: Progress) -> 
     if not dataset.held_out:
         raise UserError(f"{shards}: no val or test split to compare trials on")
     for config in {config.image: config for config in configs}.values():
-        place = _statistics(folder, config)
+        place = statistics_place(folder, config)
         if not known_statistics(config.image, shards, place):
             fs, path = fsspec.core.url_to_fs(place)
             fs.makedirs(path, exist_ok=True)
             used = dataset.first("train", config.images) if config.images else dataset
             measured(used, config, place, {"CPU": 1}, progress)
     return shards
-
-
-def _statistics(folder: str, config: Config) -> str:
-    return f"{folder}/statistics/{config.image}"
-
-
-def _trial(settings: dict[str, Any], make: Make, pool: Pool, folder: str) -> None:
-    """One trial, in a process of its own."""
-    try:
-        config = make(settings, tune.get_context().get_trial_id())
-    except UserError as error:  # settings that do not go together
-        tune.report({"top1_error": 1.0, "epoch": 0, "why": str(error)})
-        return
-    config = _placed(config)
-    if found := known_statistics(config.image, _statistics(folder, config)):
-        fs, path = fsspec.core.url_to_fs(config.run)
-        fs.makedirs(path, exist_ok=True)
-        found.save(f"{config.run}/statistics.npz")
-    reporter = _Reporter(config)
-    with connected():
-        try:
-            result = train(
-                config,
-                resume=is_run(config.run),
-                progress=reporter,
-                progressed=reporter.checkpointed,
-                pool=pool,
-            )
-        except ClusterLost:
-            raise
-        except RunFailed as error:  # such as a loss that is not a number: another try is the same
-            reporter.failed(str(error))
-        else:
-            reporter.ended(result)
-
-
-def _placed(config: Config) -> Config:
-    """The configuration with the folder where this trial goes on: its own, or, if it is to go on
-    from where another trial is (population-based training), a new one that begins there.
-    """
-    came = tune.get_checkpoint()
-    if came is None:
-        return config
-    with came.as_directory() as place:
-        pointer = json.loads(Path(place, POINTER).read_text())
-    if pointer["run"] == config.run or pointer["run"].startswith(f"{config.run}+"):
-        return _at(config, pointer["run"])
-    count = 1
-    while is_run(f"{config.run}+{count}"):
-        count += 1
-    return _forked(_at(config, f"{config.run}+{count}"), pointer["run"], pointer["step"])
-
-
-def _at(config: Config, run: str) -> Config:
-    return Config(**{**vars(config), "run": run})
-
-
-def _forked(config: Config, origin: str, step: int) -> Config:
-    """Makes the run begin at the checkpoint of a step of another run, or the first one after that
-    which is still kept.
-    """
-    step = next(kept for kept in checkpoints(origin) if kept >= step)
-    fs, path = fsspec.core.url_to_fs(checkpoint_url(config.run, step))
-    _, source = fsspec.core.url_to_fs(checkpoint_url(origin, step))
-    fs.makedirs(path, exist_ok=True)
-    for file in fs.ls(source, detail=False):  # what makes it complete comes last
-        if not file.endswith("/.metadata"):
-            fs.cp_file(file, f"{path}/{file.rpartition('/')[2]}")
-    fs.cp_file(f"{source}/.metadata", f"{path}/.metadata")
-    fs.pipe_file(f"{path.partition('/checkpoints/')[0]}/config.toml", config.to_toml().encode())
-    return config
-
-
-class _Reporter(Progress):
-    """Tells Tune of each evaluation once its checkpoint is written, so that none is told twice."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.run, self.last = config.run, -1
-        self.training: dict[str, Any] = {}
-        self.evaluated: dict[str, Any] = {}
-
-    def step(self, report: dict[str, Any]) -> None:
-        super().step(report)
-        self.training = report
-
-    def evaluation(self, report: dict[str, Any]) -> None:
-        super().evaluation(report)
-        self.evaluated = report
-
-    def checkpointed(self) -> None:
-        """To be called at each checkpoint."""
-        if self.evaluated and self.evaluated["step"] != self.last:
-            self._report(self.evaluated["epoch"] + 1, self.evaluated)
-
-    def ended(self, result: dict[str, Any]) -> None:
-        """The run is at its end; a trial that was killed after its last report tells it here."""
-        if self.last != result["steps"]:
-            self._report(round(result["epochs"]), {**result, "step": result["steps"]})
-
-    def failed(self, why: str) -> None:
-        """As bad as can be for whoever compares trials, and not to be shown as measured."""
-        tune.report({"top1_error": 1.0, "epoch": self.evaluated.get("epoch", -1) + 1, "why": why})
-
-    def _report(self, epoch: int, line: dict[str, Any]) -> None:
-        self.last = line["step"]
-        names = ("step", "loss", "top1_error", "top5_error")
-        report = {"epoch": epoch, "run": self.run, **{name: line[name] for name in names}}
-        report["train_error"] = self.training.get("top1_error")
-        with tempfile.TemporaryDirectory() as place:
-            Path(place, POINTER).write_text(json.dumps({"run": self.run, "step": self.last}))
-            tune.report(report, checkpoint=tune.Checkpoint.from_directory(place))
 
 
 class _Told(tune.Callback):
@@ -314,9 +195,8 @@ class _Stop(tune.Stopper):
         return False
 
 
-def _restored(folder: str, trainable: Any, progress: Progress) -> Any:
+def _restored(place: str, trainable: Any, progress: Progress) -> Any:
     """Tune as it was when it last wrote down where it is; None if it had not got so far."""
-    place = f"{folder}/{TUNE}"
     fs, path = fsspec.core.url_to_fs(place)
     if not (tune.Tuner.can_restore(place) and fs.glob(f"{path}/experiment_state-*.json")):
         progress.say("no trial had begun: from the start")

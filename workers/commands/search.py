@@ -1,4 +1,4 @@
-"""`towers tune`."""
+"""`towers tune` and `claims`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from workers.config import UserError, configure, locate, read
 from workers.space import read_space
 
 TRIALS = 20
+PARALLEL = "Runs side by side. [one a GPU, or else a CPU]"
 
 
 def add(commands: Any) -> None:
@@ -37,13 +38,32 @@ def add(commands: Any) -> None:
         "--scheduler", choices=("asha", "none"), help="Whether poor runs end early. [asha]"
     )
     tune.add_argument("--minutes", type=float, metavar="M", help="After which the search ends.")
-    tune.add_argument(
-        "--parallel", type=int, metavar="P", help="Runs side by side. [one a GPU, or else a CPU]"
-    )
+    tune.add_argument("--parallel", type=int, metavar="P", help=PARALLEL)
     tune.add_argument("--config", metavar="FILE", help="TOML file of settings of every run.")
     tune.add_argument("--resume", action="store_true", help="Go on with the search in RUN.")
     tune.add_argument("--run", metavar="RUN", help="Folder or URL of the search.")
     options(tune, *FIXED)
+
+    claims = command(
+        commands,
+        "claims",
+        "show the paper's claims by experiments, beside its figures",
+        "towers claims --data CIFAR10 --images 10000 --run claims",
+        _claims,
+    )
+    claims.add_argument(
+        "--only", action="append", metavar="NAME", help="This claim; may be said again. [all]"
+    )
+    claims.add_argument("--data", metavar="SHARDS", help=help_of("shards"))
+    claims.add_argument(
+        "--scale", type=float, metavar="S", help="Factor on the epochs of every run. [1]"
+    )
+    claims.add_argument("--seeds", type=int, metavar="N", help="Runs of every recipe. [3]")
+    claims.add_argument("--parallel", type=int, metavar="P", help=PARALLEL)
+    claims.add_argument(
+        "--run", metavar="RUN", help="Folder or URL; what is finished there is not run again."
+    )
+    options(claims, "images", "precision")
 
 
 FIXED = (
@@ -110,3 +130,20 @@ def _text(result: dict[str, Any]) -> str:
     rows += [(name, f"{value}") for name, value in best["settings"].items()]
     rows += [("best recipe", result["config"]), ("page", result["report"])]
     return table(rows)
+
+
+def _claims(args: argparse.Namespace) -> int:
+    from workers.experiments import Scale, claims
+    from workers.progress import table
+
+    given = vars(args)
+    data = getattr(args, "data", "")
+    said = {name: given[name] for name in ("scale", "images", "precision") if name in given}
+    scale = Scale(locate(data) if data else "", **said)
+    folder = getattr(args, "run", "") or f"runs/claims-{time.strftime('%Y%m%d-%H%M%S')}"
+    more = {name: given[name] for name in ("seeds", "parallel") if name in given}
+    result = claims(locate(folder), getattr(args, "only", []), scale, **more)
+    names = ("claim", "paper", "ours", "on", "verdict")
+    rows = [tuple(str(line[name]) for name in names) for line in result["claims"]]
+    text = table(rows, names)
+    return show(args, f"{text}\n\n{result['table']}\n{result['report']}", result)
