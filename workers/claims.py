@@ -35,13 +35,13 @@ CIFAR = {"network": "cifar", "image": 36, "pad": 0}
 PLAIN = {"crops": False, "mirror": False, "colour": 0.0}
 # The paper's four layers and nothing that regularises, at one rate throughout.
 BARE = {**PLAIN, "lrn": False, "decay": 0.0, "schedule": "steps", "drops": (), "warmup": 0}
-RATES = (0.003, 0.01, 0.03, 0.1)
+RATES = (0.01, 0.03, 0.1)
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("relu", {**CIFAR, **BARE}, 20, RATES, to_goal=True),
-        Arm("tanh", {**CIFAR, **BARE, "activation": "tanh"}, 20, RATES, to_goal=True),
+        Arm("relu", {**CIFAR, **BARE}, 40, RATES, to_goal=True),
+        Arm("tanh", {**CIFAR, **BARE, "activation": "tanh"}, 40, RATES, to_goal=True),
         Arm("dropout", {"network": "alexnet-mini"}),
         Arm("no-dropout", {"network": "alexnet-mini", "dropout": 0.0}),
         Arm("base", CIFAR),
@@ -206,23 +206,20 @@ def judge(
     factor within it, if there is one. A run that did not come to the goal counts as if it had come
     there at its end, so that only the worse arm's may not.
     """
-    if not (better and worse):
+    if not (better and worse and better_reached):
         return Finding(math.nan, math.nan, math.nan, UNSHOWN)
     if claim.ratio:
         better, worse = [math.log(v) for v in better], [math.log(v) for v in worse]
     figure, margin = fmean(worse) - fmean(better), _margin(claim, better, worse)
-    shown = [figure, figure - margin, figure + margin]
-    low, high = shown[1:]
-    if claim.ratio:
-        shown = [math.exp(v) for v in shown]
-    if not better_reached or math.isnan(margin):
-        verdict = UNSHOWN
-    elif low > 0:
+    low, high = figure - margin, figure + margin
+    if low > 0:
         weak = claim.factor is not None and worse_reached and high < math.log(claim.factor)
         verdict = WEAKER if weak else SUPPORTED
     else:
         verdict = REFUTED if high < 0 and worse_reached else UNSHOWN
-    return Finding(*shown, verdict, bound=not worse_reached)
+    if claim.ratio:
+        figure, low, high = math.exp(figure), math.exp(low), math.exp(high)
+    return Finding(figure, low, high, verdict, bound=not worse_reached)
 
 
 def _margin(claim: Claim, better: Sequence[float], worse: Sequence[float]) -> float:
