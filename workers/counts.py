@@ -77,7 +77,7 @@ def positions() -> Count:
         if corner not in seen:
             seen.add(corner)
             last = draw
-        elif draw > 2 * last + 10_000:
+        elif draw > last + 15_000:
             break
     places = side - crop + 1
     note = f"{places} x {places} x 2; the paper counts {places - 1} x {places - 1} x 2"

@@ -114,6 +114,7 @@ class _Lab:
         self.folder, self.scale, self.seeds = folder, scale, seeds
         self.parallel, self.progress = parallel, progress
         self.shards = scale.data
+        self.failures: dict[str, str] = {}
         self.evaluated: dict[tuple[str, ...], Any] = {}
 
     def train(self, arms: Iterable[Arm]) -> dict[str, list[History]]:
@@ -167,6 +168,7 @@ class _Lab:
         name = f"tune/{time.strftime('%Y%m%d-%H%M%S')}"
         for trial in run_trials(partial(_of, configs), plan, self.folder, self.progress, name=name):
             if trial.failed:
+                self.failures[trial.settings["run"]] = trial.failed
                 self.progress.say(f"{trial.settings['run']} failed: {trial.failed}")
 
     def _history(self, arm: Arm, seed: int, rate: float | None) -> History:

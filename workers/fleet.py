@@ -73,7 +73,7 @@ class Fleet:
         pool: Pool | None = None,
     ) -> None:
         self.dataset, self.itinerary, self.config, self.where = dataset, itinerary, config, where
-        self.pool = pool
+        self.pool, self.name = pool, pool.name if pool else ""
         self.replicas = where.mesh.replicas
         self.apart = where.mesh.stages > 1  # two blocks a part cost the fleet a quarter of its rate
         self.crop = config.build(len(dataset.classes)).crop

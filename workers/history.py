@@ -19,7 +19,7 @@ WINDOW = 2500  # training images that an error is the mean of, at least
 class History:
     """`done`: the run came to its end, or to its goal; `curve`: errors in training as (step,
     error); `steps` of an epoch; the step that `reached` the goal first, None if none did; seconds a
-    step; the error of the last evaluation, nan of none.
+    step; the error at the end, nan before it.
     """
 
     run: str
@@ -43,17 +43,18 @@ def read_history(run: str, *, goal: bool) -> History:
     evaluations = [line for line in metrics if line["split"] != "train"]
     curve = _curve(lines)
     reached = next((step for step, error, whole in curve if whole and error <= GOAL), None)
+    end = next((event for event in reversed(events) if event["event"] == "end"), None)
     seconds = [
         later["seconds"] / (later["step"] - earlier["step"]) for earlier, later in pairwise(lines)
     ]
     return History(
         run,
-        bool(goal and reached) or any(event["event"] == "end" for event in events),
+        bool((goal and reached) or end),
         [(step, error) for step, error, _ in curve],
         next((round(e["step"] / (e["epoch"] + 1)) for e in evaluations), 1),
         reached,
         median(seconds) if seconds else math.nan,
-        evaluations[-1]["top1_error"] if evaluations else math.nan,
+        end["top1_error"] if end else math.nan,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray.util.placement_group import (
     PlacementGroup,
+    get_placement_group,
     placement_group,
     placement_group_table,
     remove_placement_group,
@@ -114,15 +116,17 @@ def cluster_nodes() -> list[dict[str, float]]:
 PATIENCE = 60.0  # seconds that a cluster may take to make room
 
 
-def reserve(placement: Placement) -> PlacementGroup:
-    """A bundle for each tower, in the order of ranks, the towers of a pair together if they can be.
+def reserve(placement: Placement, name: str = "") -> PlacementGroup:
+    """A bundle for each tower, in the order of ranks, the towers of a pair together if they can be;
+    in place of what this job had reserved by this `name` before, if it has one.
 
     Raises UserError if the cluster does not make room for them and one augmenter in a minute.
     """
     bundles = [placement.tower] * placement.mesh.size
     away = [n["NodeID"] for n in ray.nodes() if n["Alive"] and AUGMENT in n["Resources"]]
     selector = {"ray.io/node-id": f"!in({','.join(away)})"} if placement.apart else {}
-    group = placement_group(bundles, "PACK", bundle_label_selector=[selector] * len(bundles))
+    free(name)
+    group = placement_group(bundles, "PACK", name, bundle_label_selector=[selector] * len(bundles))
     try:
         if not group.wait(PATIENCE):
             raise _no_room(f"{placement.mesh.size} towers", placement.tower)
@@ -131,6 +135,15 @@ def reserve(placement: Placement) -> PlacementGroup:
         remove_placement_group(group)
         raise
     return group
+
+
+def free(name: str) -> None:
+    """Gives back what this job has reserved by a name, if anything: Ray does so when the job ends,
+    not when the process is killed that reserved it.
+    """
+    with suppress(ValueError):
+        if name:
+            remove_placement_group(get_placement_group(name))
 
 
 def await_room(what: str, need: dict[str, float]) -> None:

@@ -27,11 +27,13 @@ AHEAD = 2  # parts that a run has under way or asked for, an augmenter
 @dataclass(frozen=True)
 class Pool:
     """What runs side by side share: `augmenters` are actors' handles, `runs` how many runs at most
-    share the cluster's room for towers. A value that travels to them.
+    share the cluster's room for towers, of which a run reserves its part by its `name`. A value
+    that travels to them.
     """
 
     runs: int
     augmenters: tuple[Any, ...]
+    name: str = ""
 
     @classmethod
     def started(cls, runs: int, nodes: Sequence[dict[str, float]]) -> Pool:

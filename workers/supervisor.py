@@ -130,7 +130,7 @@ class _Run:
 
     def result(self) -> dict[str, Any]:
         while True:
-            group = placement.reserve(self.job.placement)
+            group = placement.reserve(self.job.placement, self.fleet.name)
             try:
                 if not self.made:  # a run that found no room leaves no folder behind
                     self.folder.create()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from ray import tune
 
+from datasets import DataError
 from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import known_statistics
@@ -33,8 +35,9 @@ def statistics_place(folder: str, config: Config) -> str:
 
 def trial(settings: dict[str, Any], make: Make, pool: Pool, folder: str) -> None:
     """One trial, in a process of its own."""
+    name = tune.get_context().get_trial_id()
     try:
-        config = make(settings, tune.get_context().get_trial_id())
+        config = make(settings, name)
     except UserError as error:  # settings that do not go together
         tune.report({"top1_error": 1.0, "epoch": 0, "why": str(error)})
         return
@@ -51,11 +54,12 @@ def trial(settings: dict[str, Any], make: Make, pool: Pool, folder: str) -> None
                 resume=is_run(config.run),
                 progress=reporter,
                 progressed=reporter.checkpointed,
-                pool=pool,
+                pool=replace(pool, name=name),
             )
         except ClusterLost:
             raise
-        except RunFailed as error:  # such as a loss that is not a number: another try is the same
+        except (DataError, UserError, RunFailed) as error:
+            # Such as a loss that is not a number: another try would end the same way.
             reporter.failed(str(error))
         else:
             reporter.ended(result)

@@ -23,6 +23,7 @@ from datasets.shards import open_dataset
 from workers import placement
 from workers.config import Config, UserError
 from workers.data import check_classes, known_statistics, measured
+from workers.errors import RunFailed
 from workers.pool import Pool
 from workers.progress import Progress
 from workers.trial import Make, statistics_place, trial
@@ -70,6 +71,7 @@ def run_trials(
     URL), and there by `name` Tune's own files. `resume` goes on with the trials that are there.
     """
     _silence()
+    _Told.progress = progress
     parallel = plan.parallel or slots()
     pool = Pool.started(parallel, placement.cluster_nodes())
     function = tune.with_parameters(trial, make=make, pool=pool, folder=folder)
@@ -99,10 +101,13 @@ def run_trials(
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=FAILURES),
                     stop=_Stop(plan.stop) if plan.stop else None,
-                    callbacks=[_Told(progress)],
+                    callbacks=[_Told()],
                 ),
             )
         found = [_told(result) for result in tuner.fit()]
+    except tune.TuneError as error:
+        last = (str(error).strip().splitlines() or ["no message"])[-1]
+        raise RunFailed(f"Ray Tune ended: {last}; what the trials did is kept") from error
     finally:
         pool.end()
     return [trial for trial in found if trial.report or trial.failed]
@@ -152,10 +157,11 @@ def prepare_data(configs: Sequence[Config], folder: str, progress: Progress) -> 
 
 
 class _Told(tune.Callback):
-    """A line for each report of a trial."""
+    """A line for each report of a trial. Tune keeps its callbacks in a file and makes them anew
+    from that, so that whom to tell is known by the class.
+    """
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+    progress = Progress()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
@@ -170,16 +176,11 @@ class _Told(tune.Callback):
         )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        placement.free(trial.trial_id)
         self.progress.say(f"trial {trial.trial_id} lost its process for good")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self.progress.say(f"trial {trial.trial_id} lost its process: it goes on")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune keeps its callbacks in files
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.progress = Progress()
 
 
 class _Stop(tune.Stopper):
