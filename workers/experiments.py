@@ -75,7 +75,9 @@ def claims(
             runs = lab.train([ARMS[arm] for claim in trained for arm in claim.arms])
             for claim in trained:
                 lines.append(
-                    _trained_line(claim, *lab.measured(claim, runs), _on(scale, claim, runs))
+                    _trained_line(
+                        claim, *lab.measured(claim, runs), _on(scale, claim, runs, lab.failures)
+                    )
                 )
     result = {"run": folder, **asdict(scale), "seeds": seeds, "claims": lines}
     fs, path = fsspec.core.url_to_fs(folder)
@@ -289,10 +291,16 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _on(scale: Scale, claim: Claim, runs: dict[str, list[History]]) -> str:
-    """What a claim was tried on."""
+def _on(
+    scale: Scale, claim: Claim, runs: dict[str, list[History]], failures: dict[str, str]
+) -> str:
+    """What a claim was tried on, or why it could not be."""
     name = scale.data.rstrip("/").rpartition("/")[2] if scale.data else "drawn set"
     counts = [len(runs[arm]) for arm in claim.arms]
+    if not min(counts):
+        of_arms = (f"/runs/{arm}-" for arm in claim.arms)
+        why = (text for part in of_arms for run, text in failures.items() if part in run)
+        return f"{name}: {next(why, 'no run came to its end')}"
     images = f", {scale.images:,} images" if scale.images else ""
     steps = max((one.curve[-1][0] for arm in claim.arms for one in runs[arm]), default=0)
     return f"{name}{images}, {steps:,} steps, {min(counts)} seed{'s' * (min(counts) != 1)}"
