@@ -99,11 +99,11 @@ def _dots(line: dict[str, Any]) -> str:
     measure = CLAIMS[line["claim"]].measure
     percent = measure not in ("iterations", "step_seconds")
     scale = 100 if percent else 1
-    most = scale * max(max(values) for values in arms.values())
-    least = scale * min(0.0, *(min(values) for values in arms.values()))
-    ticks = round_ticks(max(most, -least))
-    if least < 0:
-        ticks = [-tick for tick in reversed(ticks[1:])] + ticks
+    shown = [scale * value for values in arms.values() for value in values]
+    step = round_ticks(max(shown) - min(shown))[1]
+    first = math.floor(min(shown) / step)
+    count = max(1, math.ceil(max(shown) / step) - first)
+    ticks = [step * (first + n) for n in range(count + 1)]
 
     def x(value: float) -> float:
         return LEFT + (WIDTH - LEFT - 20) * (value - ticks[0]) / (ticks[-1] - ticks[0])

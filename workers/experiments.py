@@ -15,7 +15,7 @@ from ray import tune
 
 from datasets.layout import write_whole
 from datasets.shards import open_dataset
-from workers.claims import ARMS, CLAIMS, GOAL, Arm, Claim, Finding, judge
+from workers.claims import ARMS, CLAIMS, Arm, Claim, Finding, judge
 from workers.claims_page import claims_page, markdown, told
 from workers.cluster import connected
 from workers.config import Config, UserError, configure
@@ -250,8 +250,8 @@ def _of(configs: dict[str, Config], settings: dict[str, Any], _: str) -> Config:
 
 
 def _at_goal(runs: frozenset[str], report: dict[str, Any]) -> bool:
-    error = report.get("train_error")
-    return report.get("run") in runs and error is not None and error <= GOAL
+    run = report.get("run")
+    return run in runs and read_history(str(run), goal=True).reached is not None
 
 
 def _counted_line(count: Count) -> dict[str, Any]:

@@ -108,12 +108,13 @@ class Reporter(Progress):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.run, self.last = config.run, -1
-        self.training: dict[str, Any] = {}
+        self.training: list[tuple[float, float]] = []  # images and wrong ones, of this epoch
         self.evaluated: dict[str, Any] = {}
 
     def step(self, report: dict[str, Any]) -> None:
         super().step(report)
-        self.training = report
+        images = report["images_per_second"] * report["seconds"]
+        self.training.append((images, images * report["top1_error"]))
 
     def evaluation(self, report: dict[str, Any]) -> None:
         super().evaluation(report)
@@ -137,7 +138,9 @@ class Reporter(Progress):
         self.last = line["step"]
         names = ("step", "loss", "top1_error", "top5_error")
         report = {"epoch": epoch, "run": self.run, **{name: line[name] for name in names}}
-        report["train_error"] = self.training.get("top1_error")
+        images, wrong = map(sum, zip((0.0, 0.0), *self.training, strict=True))
+        report["train_error"] = wrong / images if images else None
+        self.training.clear()
         with tempfile.TemporaryDirectory() as place:
             Path(place, POINTER).write_text(json.dumps({"run": self.run, "step": self.last}))
             tune.report(report, checkpoint=tune.Checkpoint.from_directory(place))
