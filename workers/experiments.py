@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import fsspec
-from ray import tune
 
 from datasets.layout import write_whole
 from datasets.shards import open_dataset
@@ -23,7 +22,7 @@ from workers.counts import COUNTS, Count
 from workers.evaluate import evaluate
 from workers.history import History, read_history
 from workers.progress import Progress
-from workers.trials import Plan, prepare_data, run_trials
+from workers.trials import prepare_data, run_all
 
 SETTINGS, RESULT, TABLE, REPORT = "settings.json", "claims.json", "claims.md", "report.html"
 
@@ -161,17 +160,18 @@ class _Lab:
         if not configs:
             return
         self.progress.say(f"{len(configs)} runs to do")
-        plan = Plan(
-            {"run": tune.grid_search(list(configs))},
+        # Tune's own notes of each attempt apart; the runs themselves know what is done.
+        failures = run_all(
+            configs,
+            self.folder,
+            self.progress,
+            name=f"tune/{time.strftime('%Y%m%d-%H%M%S')}",
             parallel=self.parallel,
             stop=partial(_at_goal, frozenset(ending)),
         )
-        # Tune's own notes of each attempt apart; the runs themselves know what is done.
-        name = f"tune/{time.strftime('%Y%m%d-%H%M%S')}"
-        for trial in run_trials(partial(_of, configs), plan, self.folder, self.progress, name=name):
-            if trial.failed:
-                self.failures[trial.settings["run"]] = trial.failed
-                self.progress.say(f"{trial.settings['run']} failed: {trial.failed}")
+        for run, why in failures.items():
+            self.progress.say(f"{run} failed: {why}")
+        self.failures |= failures
 
     def _history(self, arm: Arm, seed: int, rate: float | None) -> History:
         return read_history(self._place(arm, seed, rate), goal=arm.to_goal)
@@ -243,10 +243,6 @@ class _Lab:
             self.evaluated[key] = {**errors, "averaged": found["top1_error"]}
         errors = self.evaluated[key]
         return errors
-
-
-def _of(configs: dict[str, Config], settings: dict[str, Any], _: str) -> Config:
-    return configs[settings["run"]]
 
 
 def _at_goal(runs: frozenset[str], report: dict[str, Any]) -> bool:

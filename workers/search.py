@@ -18,6 +18,7 @@ from datasets.layout import write_whole
 from datasets.shards import open_dataset
 from workers.cluster import connected
 from workers.config import Config, UserError, configure
+from workers.confirm import confirm
 from workers.errors import RunFailed
 from workers.progress import Progress
 from workers.search_page import search_page
@@ -34,7 +35,8 @@ Algorithm = Literal["random", "optuna", "pbt"]
 class Search:
     """What is searched and how; kept in the search's folder, from which it can be resumed.
 
-    `fixed` are settings of every trial, `space` the domains of the others. Raises UserError for
+    `fixed` are settings of every trial, `space` the domains of the others; `confirm` from how many
+    seeds the best recipe and the one as it was are trained again. Raises UserError for
     what cannot be.
     """
 
@@ -45,9 +47,10 @@ class Search:
     early: bool = True
     minutes: float | None = None
     parallel: int | None = None
+    confirm: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("trials", "minutes", "parallel"):
+        for name in ("trials", "minutes", "parallel", "confirm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} is {value}: more than 0")
@@ -122,32 +125,54 @@ def search(folder: str, wanted: Search | None, progress: Progress | None = None)
         make = partial(_config, shared, folder)
         begun = time.time()
         trials = run_trials(make, todo.plan(parallel), folder, progress, resume=resume)
-    return _result(folder, todo, trials, time.time() - begun)
+        lines = [_line(todo, trial) for trial in trials]
+        best = _best(lines)
+        confirmed = None
+        if todo.confirm:
+            again = partial(_again, shared, best["settings"])
+            confirmed = confirm(again, folder, todo.confirm, parallel, progress)
+    return _written(folder, todo, lines, best, confirmed, time.time() - begun)
+
+
+def _again(wanted: Search, best: dict[str, Any], name: str, run: str, seed: int) -> Config:
+    seeded = {**wanted.fixed, "seed": wanted.fixed.get("seed", 0) + seed}
+    return replace(wanted, fixed=seeded).config(best if name == "best" else {}, run)
 
 
 def _config(wanted: Search, folder: str, settings: dict[str, Any], name: str) -> Config:
     return wanted.config(settings, f"{folder}/trials/{name}")
 
 
-def _result(folder: str, wanted: Search, trials: list[Trial], seconds: float) -> dict[str, Any]:
-    lines = [_line(wanted, trial) for trial in trials]
-    whole = [line for line in lines if line["state"] == "finished"]
-    # One that ended early is best only if none came to its end.
-    reached = whole or [line for line in lines if line["state"] == "ended early"]
+def _best(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The best trial of those that came to their end, of all that were evaluated if none did."""
+    reached = [line for line in lines if line["state"] == "finished"]
+    reached = reached or [line for line in lines if line["state"] == "ended early"]
     if not reached:
         why = next((f"all failed: {line['why']}" for line in lines), "give it more --minutes")
         raise RunFailed(f"no trial came to an evaluation; {why}")
-    best = min(reached, key=lambda line: line["top1_error"])
+    return min(reached, key=lambda line: line["top1_error"])
+
+
+def _written(
+    folder: str,
+    wanted: Search,
+    lines: list[dict[str, Any]],
+    best: dict[str, Any],
+    confirmed: dict[str, Any] | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """The result, once its files are written."""
     own = {n: _rounded(v) for n, v in published(wanted.config({}, folder), wanted.space).items()}
     recipe = next((line for line in lines if line["settings"] == own), None)
     result = {
         "run": folder,
         "trials": len(lines),
-        "finished": len(whole),
+        "finished": sum(line["state"] == "finished" for line in lines),
         "failed": sum(line["state"] == "failed" for line in lines),
         "seconds": round(seconds, 1),
         "best": best,
         "recipe": recipe,
+        "confirmed": confirmed,
         "config": f"{folder}/{BEST}",
         "report": f"{folder}/{REPORT}",
     }

@@ -33,13 +33,29 @@ def search_page(
     if result["failed"]:
         counts += f", {result['failed']} failed"
     shown = [line for line in lines if line["state"] != "failed"]
+    again = ""
+    if (confirmed := result["confirmed"]) and "lower" in confirmed:
+        again = (
+            f"<p>From {len(confirmed['best'])} other seeds the best recipe's top-1 error is lower "
+            f"than that of the recipe as it was by {lower(confirmed)}; in brackets 95% of what the "
+            "spread between seeds allows.</p>"
+        )
     parts = [
         f"<h1>{html.escape(name)}</h1><p>{counts}, in {result['seconds'] / 60:.1f} minutes.</p>",
+        again,
         coordinates(shown, space, result["best"], result["recipe"]),
         f"<h2>Trials</h2>{_table(lines, space)}",
         f"<h2>The best recipe</h2><pre>{html.escape(config)}</pre>",
     ]
     return page("".join(parts))
+
+
+def lower(confirmed: dict[str, Any]) -> str:
+    """By how much the best recipe's error is lower from other seeds, for a person."""
+    text = f"{100 * confirmed['lower']:.1f} points"
+    if "at_least" not in confirmed:
+        return text
+    return f"{text} ({100 * confirmed['at_least']:.1f} to {100 * confirmed['at_most']:.1f})"
 
 
 def coordinates(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,27 @@ def run_trials(
     finally:
         pool.end()
     return [trial for trial in found if trial.report or trial.failed]
+
+
+def run_all(
+    configs: Mapping[str, Config],
+    folder: str,
+    progress: Progress,
+    *,
+    name: str,
+    parallel: int | None = None,
+    stop: Callable[[dict[str, Any]], bool] | None = None,
+) -> dict[str, str]:
+    """Runs these configurations, by the folders of their runs, as `run_trials` does; what went
+    wrong by run.
+    """
+    plan = Plan({"run": tune.grid_search(list(configs))}, parallel=parallel, stop=stop)
+    trials = run_trials(partial(_of, configs), plan, folder, progress, name=name)
+    return {trial.settings["run"]: trial.failed for trial in trials if trial.failed}
+
+
+def _of(configs: Mapping[str, Config], settings: dict[str, Any], _: str) -> Config:
+    return configs[settings["run"]]
 
 
 def _limited(plan: Plan) -> bool:

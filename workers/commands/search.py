@@ -39,6 +39,12 @@ def add(commands: Any) -> None:
     )
     tune.add_argument("--minutes", type=float, metavar="M", help="After which the search ends.")
     tune.add_argument("--parallel", type=int, metavar="P", help=PARALLEL)
+    tune.add_argument(
+        "--confirm",
+        type=int,
+        metavar="N",
+        help="Then train the best recipe and the one as it was from N other seeds each.",
+    )
     tune.add_argument("--config", metavar="FILE", help="TOML file of settings of every run.")
     tune.add_argument("--resume", action="store_true", help="Go on with the search in RUN.")
     tune.add_argument("--run", metavar="RUN", help="Folder or URL of the search.")
@@ -93,7 +99,7 @@ def _tune(args: argparse.Namespace) -> int:
         space, left = read_space(getattr(args, "space", ""), fixed)
         from workers.search import Search, search
 
-        names = ("trials", "algorithm", "minutes", "parallel")
+        names = ("trials", "algorithm", "minutes", "parallel", "confirm")
         said = {name: value for name, value in vars(args).items() if name in names}
         if scheduler := getattr(args, "scheduler", ""):
             if said.get("algorithm") == "pbt":
@@ -119,6 +125,7 @@ def _fixed(args: argparse.Namespace) -> dict[str, Any]:
 def _text(result: dict[str, Any]) -> str:
     """The outcome for a person."""
     from workers.progress import table
+    from workers.search_page import lower
 
     best, recipe = result["best"], result["recipe"]
     rows: list[tuple[str, ...]] = [
@@ -127,6 +134,12 @@ def _text(result: dict[str, Any]) -> str:
     ]
     if recipe and recipe["top1_error"] is not None:
         rows.append(("the recipe as it was", f"{recipe['top1_error']:.2%}"))
+    if confirmed := result["confirmed"]:
+        for name, errors in (("best", confirmed["best"]), ("recipe", confirmed["recipe"])):
+            shown = ", ".join(f"{error:.2%}" for error in errors)
+            rows.append((f"{name}, other seeds", shown or "none came to its end"))
+        if "lower" in confirmed:
+            rows.append(("lower by", lower(confirmed)))
     rows += [(name, f"{value}") for name, value in best["settings"].items()]
     rows += [("best recipe", result["config"]), ("page", result["report"])]
     return table(rows)
