@@ -25,8 +25,9 @@ def confirm(
 ) -> dict[str, Any]:
     """Trains "best" and "recipe" from so many seeds each, 1 and on, by `config(name, run, seed)`.
 
-    Returns the top-1 errors of either, and by how much the best one's mean is lower, with 95% of
-    what the spread between seeds (of two or more) allows that to be. Runs that are finished are not run again.
+    Returns the top-1 errors of either; by how much the best one's mean is `lower`, and if there are
+    two seeds or more, `at_least` and `at_most` what the spread between them allows with 95%
+    certainty. Runs that are finished are not run again.
     """
     places = {
         (name, seed): f"{folder}/confirm/{name}-seed{seed}"

@@ -67,7 +67,7 @@ def found(
         "lrn_size": Domain(choices=(3, 5)),
         "decay": Domain(low=0.0, high=2.0),
     }
-    wanted = Search({**SMALL, "shards": shards}, space, trials=2, early=False)
+    wanted = Search({**SMALL, "shards": shards}, space, trials=2, early=False, confirm=1)
     with pytest.raises(RunFailed, match=r"Ray Tune ended: .*Interrupted"):
         search(folder, wanted, Impatient())
     result = search(folder, None, Killer())
@@ -93,6 +93,18 @@ def test_the_first_trial_is_the_recipe_and_the_best_one_is_kept(found: dict[str,
     assert {name: getattr(best, name) for name in found["best"]["settings"]} == (
         found["best"]["settings"]
     )
+
+
+def test_the_best_recipe_is_tried_from_another_seed(found: dict[str, Any]) -> None:
+    for name, settings in (("best", found["best"]["settings"]), ("recipe", {})):
+        run = f"{found['run']}/confirm/{name}-seed1"
+        config = configure({}, f"{run}/config.toml")
+        assert config.seed == 1
+        assert settings.items() <= vars(config).items()
+        assert found["confirmed"][name] == [read_history(run, goal=False).top1_error]
+    (best,), (recipe,) = found["confirmed"]["best"], found["confirmed"]["recipe"]
+    assert found["confirmed"]["lower"] == recipe - best
+    assert "at_least" not in found["confirmed"]  # one seed has no spread
 
 
 def test_two_runs_are_side_by_side_and_share_the_fleet(found: dict[str, Any]) -> None:
