@@ -210,8 +210,7 @@ def judge(
         return Finding(math.nan, math.nan, math.nan, UNSHOWN)
     if claim.ratio:
         better, worse = [math.log(v) for v in better], [math.log(v) for v in worse]
-    paired = claim.better == claim.worse and len(better) == len(worse)
-    figure, low, high = interval(better, worse, paired=paired)
+    figure, low, high = interval(better, worse)
     if low > 0:
         weak = claim.factor is not None and worse_reached and high < math.log(claim.factor)
         verdict = WEAKER if weak else SUPPORTED
@@ -222,21 +221,23 @@ def judge(
     return Finding(figure, low, high, verdict, bound=not worse_reached)
 
 
-def interval(
-    better: Sequence[float], worse: Sequence[float], *, paired: bool = False
-) -> tuple[float, float, float]:
+def interval(better: Sequence[float], worse: Sequence[float]) -> tuple[float, float, float]:
     """The difference of the means, worse - better, and where it lies with 95% certainty by the
-    spread of the values (nan without one). `paired`: the values belong together one by one.
+    spread of the values, nan without one.
+
+    As many values of either are taken in pairs: runs of one seed see the same images in the same
+    order. A single value is taken to be as uncertain as one of the others.
     """
     figure = fmean(worse) - fmean(better)
-    if paired:
-        better, worse = [w - b for w, b in zip(worse, better, strict=True)], []
     several = [values for values in (better, worse) if len(values) > 1]
     if not several:
         return figure, math.nan, math.nan
+    if len(better) == len(worse):
+        several = [[w - b for w, b in zip(worse, better, strict=True)]]
+        per_run = 1 / len(better)
+    else:
+        per_run = 1 / len(better) + 1 / len(worse)
     freedom = sum(len(values) - 1 for values in several)
-    # Where one arm has a single figure, it is as uncertain as one of the other's.
     spread = fmean([variance(values) for values in several])
-    per_run = sum(1 / len(values) for values in (better, worse) if values)
     margin = T95[min(freedom, len(T95)) - 1] * math.sqrt(spread * per_run)
     return figure, figure - margin, figure + margin

@@ -18,7 +18,8 @@ WIDTH, LEFT, ROW = 470, 130, 22  # of a figure of dots, in pixels
 
 RULE = (
     "The figure of a trained claim is the difference, or with x the ratio, of its two arms' means "
-    "over the seeds; in brackets where it lies with 95% certainty, by the spread between seeds. "
+    "over the seeds; in brackets where it lies with 95% certainty, by the spread between seeds, "
+    "runs of one seed taken in pairs. "
     "Supported: all of that lies on the claim's side. Supported, but weaker: the same, and the "
     "paper's factor lies beyond it. Not supported: all of it lies on the other side. Else it "
     "cannot be shown at this scale."

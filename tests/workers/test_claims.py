@@ -13,7 +13,7 @@ from workers.cli import main
 from workers.config import configure
 from workers.counts import COUNTS
 
-LRN, RELU, TEN = CLAIMS["lrn"], CLAIMS["relu"], CLAIMS["ten-crops"]
+LRN, RELU = CLAIMS["lrn"], CLAIMS["relu"]
 
 
 def test_counts_are_of_the_network_and_the_augmentation() -> None:
@@ -55,12 +55,15 @@ def test_a_difference_has_to_exceed_the_spread(
 
 
 def test_the_interval_is_students() -> None:
-    # By hand: means .31 and .35, variances 1e-4 and 0, 4 degrees of freedom.
+    # By hand: differences of .05, .04 and .03, their deviation .01, 2 degrees of freedom.
     finding = judge(LRN, [0.30, 0.31, 0.32], [0.35, 0.35, 0.35])
     assert finding.figure == pytest.approx(0.04)
-    assert finding.high - finding.figure == pytest.approx(2.78 * (0.5e-4 * 2 / 3) ** 0.5)
-    # Pairs of the same runs differ by .01 each time, whatever the runs differ by.
-    assert judge(TEN, [0.2, 0.5, 0.8], [0.21, 0.51, 0.81]).verdict == SUPPORTED
+    assert finding.high - finding.figure == pytest.approx(4.30 * 0.01 / 3**0.5)
+    # Runs of one seed are alike: they differ by .01 each time, whatever the seeds differ by.
+    assert judge(LRN, [0.2, 0.5, 0.8], [0.21, 0.51, 0.81]).verdict == SUPPORTED
+    # Several networks averaged are one figure against those of each.
+    alone = judge(CLAIMS["averaging"], [0.20], [0.30, 0.31, 0.32])
+    assert alone.high - alone.figure == pytest.approx(4.30 * 0.01 * (1 + 1 / 3) ** 0.5)
 
 
 def test_a_ratio_has_to_hold_the_papers_factor() -> None:
