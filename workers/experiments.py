@@ -159,7 +159,7 @@ class _Lab:
                     ending.add(run)
         if not configs:
             return
-        self.progress.say(f"{len(configs)} runs to do")
+        self.progress.say(f"to run: {len(configs)}")
         # Tune's own notes of each attempt apart; the runs themselves know what is done.
         failures = run_all(
             configs,
