@@ -87,9 +87,9 @@ class Search:
                 custom_explore_fn=self.nearest,
             )
         elif self.early:
-            scheduler = ASHAScheduler(
-                time_attr="epoch", max_t=epochs, grace_period=1, reduction_factor=REDUCTION
-            )
+            # One more than there are, so that a run which comes to its end does so by itself.
+            most = epochs + 1
+            scheduler = ASHAScheduler("epoch", max_t=most, reduction_factor=REDUCTION)
         searcher: Any = None
         if self.algorithm == "optuna":
             searcher = OptunaSearch(seed=base.seed, points_to_evaluate=first)

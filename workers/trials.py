@@ -70,6 +70,8 @@ def run_trials(
 ) -> list[Trial]:
     """Runs the trials of a plan, within `connected`; what they share lies in `folder` (a path or
     URL), and there by `name` Tune's own files. `resume` goes on with the trials that are there.
+
+    Raises RunFailed if Tune itself fails.
     """
     _silence()
     _Told.progress = progress
