@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import fsspec
@@ -68,6 +68,17 @@ class Dataset:
     def rows(self, split: str) -> int:
         """Rows of `split`."""
         return sum(shard.rows for shard in self.shards(split))
+
+    def first(self, split: str, rows: int) -> Dataset:
+        """The same with only the first row groups of `split`, enough for so many rows."""
+        kept: list[Shard] = []
+        for shard in self.shards(split):
+            before = [rows - sum(shard.groups[:n]) for n in range(len(shard.groups))]
+            groups = tuple(g for g, n in zip(shard.groups, before, strict=True) if n > 0)
+            rows -= sum(groups)
+            if groups:
+                kept.append(replace(shard, groups=groups))
+        return replace(self, splits={**self.splits, split: tuple(kept)})
 
     def place(self, split: str, row: int) -> str:
         """File and row there of a row of `split`, for messages."""

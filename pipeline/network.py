@@ -7,7 +7,7 @@ the authors' code of 2012, `layers/layers-145.cfg` with its parameter file ("sou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -251,12 +251,17 @@ def build(
     pooling: str = "3/2",
     dropout: float | None = None,
     columns: int = 2,
+    crossings: str = "all",
+    norm: Mapping[str, float] | None = None,
+    init_scale: float = 1.0,
 ) -> Network:
     """The network `name` for so many classes, with the variants of the paper's comparisons.
 
     `activation` relu or tanh (3.1), `lrn` False without normalisation (3.3), `pooling` "2/2"
     without overlap (3.4), `dropout` another rate where the table drops, `columns` 1 the half-size
-    column of 3.2. Raises ValueError naming option, value and what is allowed.
+    column of 3.2, `crossings` "last" with none before the last layer (source, run 150), `norm`
+    other fields of `Norm` where it runs over maps, `init_scale` a factor on the deviations of
+    initial weights. Raises ValueError naming option, value and what is allowed.
     """
     if name not in NETWORKS:
         raise ValueError(f"network is {name!r}: one of {', '.join(NETWORKS)}")
@@ -269,13 +274,23 @@ def build(
     network = NETWORKS[name](classes)
     if dropout is not None and not any(layer.dropout for layer in network.layers):
         raise ValueError(f"dropout is {dropout}: {name} has no layer with dropout")
+    if crossings not in ("all", "last"):
+        raise ValueError(f"crossings is {crossings!r}: all or last")
+    if crossings == "last" and columns == 1:
+        raise ValueError("crossings is 'last': one column has nothing to cross")
+    if not init_scale > 0:
+        raise ValueError(f"init_scale is {init_scale}: more than 0")
+    norm = dict(norm or {})
+    _check_norm(norm, lrn)
     size, stride = map(int, pooling.split("/"))
     layers = []
     for layer in network.layers:
         if layer.activation:
             layer = replace(layer, activation=activation)  # type: ignore[arg-type]
-        if not lrn:
-            layer = replace(layer, norms=())
+        norms = (n if n.spatial else replace(n, **norm) for n in layer.norms if lrn)  # type: ignore[arg-type]
+        layer = replace(layer, norms=tuple(norms), std=layer.std * init_scale)
+        if crossings == "last" and layer.name != network.layers[-1].name:
+            layer = replace(layer, crosses=False)
         if layer.pool:
             layer = replace(layer, pool=Pool(size, stride))
         if layer.dropout and dropout is not None:
@@ -287,6 +302,19 @@ def build(
     if columns != network.columns:
         raise ValueError(f"columns is {columns}: 1 or 2")
     return network
+
+
+def _check_norm(norm: Mapping[str, float], lrn: bool) -> None:
+    """Raises ValueError, naming it, for a field of `Norm` that cannot be."""
+    for name, value in norm.items():
+        if not lrn:
+            raise ValueError(f"lrn_{name} is {value}: it has no effect without lrn")
+        if name == "size" and (value < 1 or value % 2 == 0):
+            raise ValueError(f"lrn_size is {value}: an odd number, at least 1")
+        if name == "k" and not value > 0:  # or 0 / 0 where nothing is active
+            raise ValueError(f"lrn_k is {value}: more than 0")
+        if not value >= 0:
+            raise ValueError(f"lrn_{name} is {value}: at least 0")
 
 
 def half_column(network: Network) -> Network:

@@ -29,6 +29,14 @@ class Recipe:
     pooling: str = setting("3/2", "Window and stride of max-pooling.", ("3/2", "2/2"))
     dropout: float | None = setting(None, "Rate where the table drops; as in the table if unset.")
     columns: int = setting(2, "Columns of the network; 1 is the half-size column.", (1, 2))
+    crossings: str = setting(
+        "all", "Layers that read both columns: as in the table, or the last alone.", ("all", "last")
+    )
+    lrn_size: int | None = setting(None, "Maps that LRN sums over; as in the table if unset.")
+    lrn_k: float | None = setting(None, "LRN's k; as in the table if unset.")
+    lrn_alpha: float | None = setting(None, "LRN's alpha; as in the table if unset.")
+    lrn_beta: float | None = setting(None, "LRN's beta; as in the table if unset.")
+    init_scale: float = setting(1.0, "Factor on the deviations of the table's initial weights.")
 
     image: int = setting(256, "Side in pixels that images are brought to before cropping.")
     scale: float = setting(1.0, "Factor on pixels (0 to 255) once the mean is taken off.")
@@ -95,6 +103,13 @@ class Recipe:
             pooling=self.pooling,
             dropout=self.dropout,
             columns=self.columns,
+            crossings=self.crossings,
+            norm={
+                name: value
+                for name in ("size", "k", "alpha", "beta")
+                if (value := getattr(self, f"lrn_{name}")) is not None
+            },
+            init_scale=self.init_scale,
         )
 
     @property

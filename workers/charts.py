@@ -1,4 +1,4 @@
-"""Line charts over one time axis, as SVG in the colours of the page around them."""
+"""Line charts over one axis of time or of counts, as SVG in the colours of the page around them."""
 
 from __future__ import annotations
 
@@ -44,12 +44,14 @@ class Curve:
 @dataclass(frozen=True)
 class Axis:
     """The time of all charts: its `end` in seconds, the `restarts` of runs (run, seconds, what to
-    call it), and for each run whose steps are named below the time (seconds, step), in order.
+    call it), and for each run whose steps are named below the time (seconds, step), in order. With
+    a `unit` it is not time but so many of those.
     """
 
     end: float
     restarts: Sequence[tuple[int, float, str]] = ()
     steps: Sequence[Sequence[tuple[float, int]]] = ()
+    unit: str = ""
 
 
 def chart(
@@ -166,6 +168,9 @@ def _across(ticks: Sequence[float], sign: str) -> Iterator[str]:
 def _below(axis: Axis, x: Callable[[float], float]) -> Iterator[str]:
     """Rows of labels: the time, and the steps of each run that names them."""
     unit, size, ticks = time_ticks(axis.end or 1.0)
+    if axis.unit:
+        counts = round_ticks(axis.end or 1.0)
+        unit, size, ticks = axis.unit, 1, [count for count in counts if count <= axis.end]
     low = TOP + PLOT + ROW
     yield _text(LEFT - 14, low + 2, unit, "end")
     for tick in ticks:

@@ -7,10 +7,10 @@ import os
 import sys
 
 from datasets import DataError
-from workers.commands import completion, data, jobs, planning, results, training, weights
+from workers.commands import completion, data, jobs, planning, results, search, training, weights
 from workers.config import UserError
 
-COMMANDS = (training, planning, data, results, weights, jobs, completion)
+COMMANDS = (training, planning, data, results, search, weights, jobs, completion)
 
 
 def program() -> int:

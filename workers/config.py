@@ -28,6 +28,9 @@ class Config(Recipe):
     """
 
     shards: str = setting("", "Folder or URL of Parquet shards; the drawn data set if unset.")
+    images: int | None = setting(
+        None, "Training images that are used, rounded up to whole row groups; all if unset."
+    )
     run: str = setting("", "Folder or URL of the run.")
     init: str = setting("", "Weights to start from: a file, a run, or a checkpoint of one.")
     steps: int | None = setting(None, "Training steps after which the run ends, if before EPOCHS.")
@@ -54,7 +57,7 @@ class Config(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "checkpoint_every", "log_every"):
+        for name in ("images", "steps", "checkpoint_every", "log_every"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
         self._at_least("keep", 1)
@@ -152,7 +155,7 @@ def read(file: str) -> dict[str, Any]:
         if name not in known:
             raise UserError(f"{file}: unknown field {name!r}")
         want = str(known[name].type)
-        if not _fits(value, want):
+        if not fits(value, want):
             raise UserError(f"{file}: {name} is {value!r}: a value of type {want} is wanted")
         if isinstance(value, list):
             values[name] = tuple(value)
@@ -161,7 +164,8 @@ def read(file: str) -> dict[str, Any]:
     return values
 
 
-def _fits(value: Any, want: str) -> bool:
+def fits(value: Any, want: str) -> bool:
+    """Whether a value out of a TOML file is of a field's type."""
     if want.startswith("tuple"):
         return isinstance(value, list) and all(type(v) in (int, float) for v in value)
     kinds = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}

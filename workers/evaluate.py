@@ -52,10 +52,10 @@ def evaluate(
     """Evaluates runs, and of several their averaged prediction too, on every row of a split once.
 
     `data`: shards, those of the first run's training if unset; `split`: val, or test if there is no
-    val, if unset; `crops`: 1, the centre, or 10; `step`: of the checkpoints, the last if None;
-    `weights`: of the average. Returns the keys of `towers evaluate --json`; the whole evaluation is
-    kept in each run. Raises UserError and DataError for what the user can mend, RunFailed if rows
-    were lost.
+    val, if unset, and of train, if `data` is unset, the images that the first run was trained on;
+    `crops`: 1, the centre, or 10; `step`: of the checkpoints, the last if None; `weights`: of the
+    average. Returns the keys of `towers evaluate --json`; the whole evaluation is kept in each run.
+    Raises UserError and DataError for what the user can mend, RunFailed if rows were lost.
     """
     progress = progress or Progress()
     views = checked_views(crops)
@@ -68,6 +68,8 @@ def evaluate(
     config = networks[0].config
     dataset = open_dataset(data or config.shards or f"{runs[0]}/shards")
     split = pick_split(dataset, split)
+    if split == "train" and config.images and not data:
+        dataset = dataset.first(split, config.images)
     for network in networks:
         check_classes_fit(network, dataset)
     here = only_here(dataset.root)

@@ -31,6 +31,7 @@ from datasets.plan import Itinerary
 from datasets.statistics import Statistics, Sums, sums_of_groups
 from workers.config import Config
 from workers.placement import Placement
+from workers.pool import Pool
 
 SEGMENT = 16384  # blocks of one execution; Ray Data wants to know all of its input at the start
 READ_AHEAD = 8  # finished batches that wait for the towers
@@ -65,7 +66,9 @@ class Part:
 
 
 class Fleet:
-    """Makes batches of the items of `itinerary` by augmenters placed as `where` says."""
+    """Makes batches of the items of `itinerary` by augmenters placed as `where` says, or by those
+    of a `pool`.
+    """
 
     def __init__(
         self,
@@ -74,8 +77,10 @@ class Fleet:
         config: Config,
         where: Placement,
         statistics: Statistics,
+        pool: Pool | None = None,
     ) -> None:
         self.dataset, self.itinerary, self.config, self.where = dataset, itinerary, config, where
+        self.pool, self.name = pool, pool.name if pool else ""
         self.replicas = where.mesh.replicas
         self.apart = where.mesh.stages > 1  # two blocks a part cost the fleet a quarter of its rate
         self.crop = config.build(len(dataset.classes)).crop
@@ -124,6 +129,10 @@ class Fleet:
         return divmod(block, self.replicas)
 
     def _execute(self, blocks: range, watch: Watch) -> Iterator[Packed]:
+        if self.pool:
+            watch.pooled = len(self.pool.augmenters)
+            yield from self.pool.parts(self, map(self.named, blocks))
+            return
         low, high = self.config.fleet
         resources = dict(self.where.augmenter)
         running = self._set_context(watch, high)
@@ -187,6 +196,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.executor: Any = None
+        self.pooled = 0  # augmenters that are shared with other runs, if they are
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # Ray Data sends its settings, and so the callback, to every task; the executor stays.
@@ -215,7 +225,7 @@ class Watch:
     @property
     def augmenters(self) -> int:
         """Augmenters that run."""
-        return sum(op.get_actor_info().running for op in self.operators)
+        return self.pooled or sum(op.get_actor_info().running for op in self.operators)
 
 
 def _alike(n: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray.util.placement_group import (
     PlacementGroup,
+    get_placement_group,
     placement_group,
     placement_group_table,
     remove_placement_group,
@@ -39,22 +41,28 @@ class Placement:
     apart: bool = False
 
 
-def decide(nodes: Sequence[dict[str, float]], config: Config) -> Placement:
+def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> Placement:
     """The placement of a run on nodes with these total resources.
 
     GPUs hold a tower each; without them towers share the CPUs with the augmenters, so that both
     fit even on two cores. Nodes with the resource `augment` take the augmenters, nodes with
-    `towers` the towers, where there are such. Raises UserError that says what is missing.
+    `towers` the towers, where there are such. So many `runs` like it fit side by side, if fewer
+    GPUs than runs then on fractions of them; their augmenters are a pool's, which takes no CPU from
+    them. Raises UserError that says what is missing.
     """
+    beside = max(1, runs)
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     device = config.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
     towers = config.towers
     if towers is None:
-        towers = 1 if config.columns == 1 or (device == "cuda" and gpus == 1) else 2
+        # Runs that share CPUs gain nothing from towers that wait for each other.
+        few = 0 < gpus < 2 * beside if device == "cuda" else runs > 0
+        towers = 1 if config.columns == 1 or few else 2
     mesh = Mesh(config.replicas, config.stages, towers)
-    if device == "cuda" and gpus < mesh.size:
+    everyone = mesh.size * beside
+    if device == "cuda" and gpus < (mesh.size if mesh.size == 1 else everyone):
         raise UserError(
             f"not enough devices: {mesh.size} towers need {mesh.size} GPUs, the cluster has {gpus}"
             "; --towers 1 holds both towers in one process, --device cpu does without GPUs"
@@ -65,37 +73,37 @@ def decide(nodes: Sequence[dict[str, float]], config: Config) -> Placement:
     if device == "cuda":
         homes = [node for node in homes if node.get("GPU", 0)]
     helpers = [node for node in nodes if AUGMENT in node]
-    least = config.fleet[0]
+    least = 0 if runs else config.fleet[0]
     apart = bool(helpers) and all(node not in homes for node in helpers)
-    share = _share(homes, mesh.size + (0 if apart else least))
+    share = _share(homes, everyone + (0 if apart else least))
     help_share = _share(helpers, least) if apart else share
     if not share or not help_share:
         have = sum(node.get("CPU", 0) for node in nodes)
         raise UserError(
-            f"not enough CPUs: {mesh.size} towers and {least} augmenters need at least "
-            f"{(mesh.size + least) * _STEP:g}, the cluster has {have:g}"
+            f"not enough CPUs: {everyone} towers and {least} augmenters need at least "
+            f"{(everyone + least) * _STEP:g}, the cluster has {have:g}"
         )
     tower = {"CPU": share}
     if device == "cuda":
-        tower["GPU"] = 1
+        tower["GPU"] = 1 if gpus >= everyone else _share(homes, everyone, "GPU")
     if marked:
         tower[TOWERS] = SHARE
-    augmenter = {"CPU": help_share}
+    augmenter = {"CPU": 0 if runs else help_share}
     if helpers:
         augmenter[AUGMENT] = SHARE
     cpus = sum(node.get("CPU", 0) for node in homes) - (0 if apart else least * share)
-    threads = max(1, int(cpus / mesh.size))
+    threads = max(1, int(cpus / everyone))
     return Placement(mesh, device, tower, augmenter, threads, apart)
 
 
 _STEP = 0.05
 
 
-def _share(nodes: Sequence[dict[str, float]], processes: int) -> float:
+def _share(nodes: Sequence[dict[str, float]], processes: int, kind: str = "CPU") -> float:
     """The most CPU, up to one, that so many processes can each have; 0 if they don't fit."""
     for twentieths in range(20, 0, -1):
         share = twentieths * _STEP
-        if sum(int(node.get("CPU", 0) / share + 1e-9) for node in nodes) >= processes:
+        if sum(int(node.get(kind, 0) / share + 1e-9) for node in nodes) >= processes:
             return round(share, 2)
     return 0.0
 
@@ -108,15 +116,17 @@ def cluster_nodes() -> list[dict[str, float]]:
 PATIENCE = 60.0  # seconds that a cluster may take to make room
 
 
-def reserve(placement: Placement) -> PlacementGroup:
-    """A bundle for each tower, in the order of ranks, the towers of a pair together if they can be.
+def reserve(placement: Placement, name: str = "") -> PlacementGroup:
+    """A bundle for each tower, in the order of ranks, the towers of a pair together if they can be;
+    in place of what this job had reserved by this `name` before, if it has one.
 
     Raises UserError if the cluster does not make room for them and one augmenter in a minute.
     """
     bundles = [placement.tower] * placement.mesh.size
     away = [n["NodeID"] for n in ray.nodes() if n["Alive"] and AUGMENT in n["Resources"]]
     selector = {"ray.io/node-id": f"!in({','.join(away)})"} if placement.apart else {}
-    group = placement_group(bundles, "PACK", bundle_label_selector=[selector] * len(bundles))
+    free(name)
+    group = placement_group(bundles, "PACK", name, bundle_label_selector=[selector] * len(bundles))
     try:
         if not group.wait(PATIENCE):
             raise _no_room(f"{placement.mesh.size} towers", placement.tower)
@@ -125,6 +135,15 @@ def reserve(placement: Placement) -> PlacementGroup:
         remove_placement_group(group)
         raise
     return group
+
+
+def free(name: str) -> None:
+    """Gives back what this job has reserved by a name, if anything: Ray does so when the job ends,
+    not when the process is killed that reserved it.
+    """
+    with suppress(ValueError):
+        if name:
+            remove_placement_group(get_placement_group(name))
 
 
 def await_room(what: str, need: dict[str, float]) -> None:

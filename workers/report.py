@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,44 +16,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from datasets import DataError
 from pipeline import checkpoint
 from workers.charts import Axis, Curve, Point, chart, colour
 from workers.config import UserError
 from workers.evaluation_file import read_evaluation
 from workers.kernels import colourfulness, grid
 from workers.output import write_output
-from workers.run import CONFIG, EVENTS, METRICS, checkpoint_url, checkpoints
+from workers.page import page
+from workers.run import (
+    CONFIG,
+    EVENTS,
+    METRICS,
+    checkpoint_url,
+    checkpoints,
+    is_run,
+    read_lines,
+)
 
 REPORT = "report.html"
 WORST = 15  # classes that are listed
 CELLS = 40  # classes up to which the confusion is drawn as a table
 NAMED = 3  # runs up to which the charts name the steps of each
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2530; --soft: #67707d; --line: #d9dee5; --paper: #fff;
-  --s0: #2f6fb3; --s1: #c8641b; --s2: #2a8a57; --s3: #8a4fb0; --s4: #b23a55; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa4b2; --line: #343c47;
-  --paper: #14181d; --s0: #6ba6e8; --s1: #f0975a; --s2: #62c08f; --s3: #bd8ce0; --s4: #e8788f; } }
-body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
-h1, h2, h3 { line-height: 1.2; font-weight: 600; } h2 { margin-top: 2.2rem; }
-.charts { display: flex; flex-wrap: wrap; gap: 1.2rem 0.4rem; margin-top: 1.2rem; }
-figure { margin: 0; max-width: 100%; }
-figcaption, .soft, td.soft { color: var(--soft); font-size: 13px; }
-svg { max-width: 100%; overflow: visible; } svg text { fill: var(--soft); font-size: 11px; }
-svg .grid { stroke: var(--line); }
-svg polyline { fill: none; stroke-width: 1.6; stroke-linecap: round; } svg polygon { opacity: .25; }
-svg circle { stroke: var(--paper); }
-table { border-collapse: collapse; } td, th { padding: 2px 10px 2px 0; text-align: left; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-.cells td { padding: 2px 5px; text-align: right; font-size: 12px; min-width: 24px; }
-.kernels { display: flex; gap: 2rem; flex-wrap: wrap; }
-img { max-width: 100%; } .kernels img { image-rendering: pixelated; }
-.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 1rem; }
-.bar { height: 8px; background: var(--s0); } .bar.right { background: var(--s2); }
-pre { background: color-mix(in srgb, var(--line) 40%, transparent); padding: 1rem; overflow: auto; }
-"""
 
 CHARTS: tuple[tuple[str, str, dict[str, bool]], ...] = (
     ("Loss", "loss", {}),
@@ -111,34 +93,18 @@ def report(runs: Sequence[str], output: str = "") -> dict[str, Any]:
         parts.append(f"<h2>{html.escape(one.name)}</h2>")
         parts += [_events(one), _kernels(one.run), _evaluation(one)]
         parts.append(f"<h3>Configuration</h3><pre>{html.escape(one.config)}</pre>")
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Towers</title>'
-        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
     file = output or f"{runs[0]}/{REPORT}"
-    write_output(file, page.encode())
+    write_output(file, page("".join(parts)).encode())
     return {"file": file, "runs": list(runs)}
 
 
 def _read(run: str, name: str) -> Told:
-    fs, path = fsspec.core.url_to_fs(run)
-    if not fs.exists(f"{path}/{CONFIG}"):
+    if not is_run(run):
         raise UserError(f"{run}: no run there")
-
-    def lines(file: str) -> list[dict[str, Any]]:
-        if not fs.exists(f"{path}/{file}"):
-            return []
-        whole = fs.cat_file(f"{path}/{file}").rpartition(b"\n")[0]  # a run may be writing
-        found = []
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                found.append(dict(json.loads(line)))
-            except (ValueError, TypeError):
-                raise DataError(f"{run}/{file} line {number}: no JSON; remove the line") from None
-        return found
-
+    fs, path = fsspec.core.url_to_fs(run)
     config = fs.cat_file(f"{path}/{CONFIG}").decode()
-    return Told(run, name, config, lines(METRICS), lines(EVENTS), read_evaluation(run))
+    metrics, events = (read_lines(run, file) for file in (METRICS, EVENTS))
+    return Told(run, name, config, metrics, events, read_evaluation(run))
 
 
 def _names(runs: Sequence[str]) -> list[str]:

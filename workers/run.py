@@ -137,6 +137,31 @@ class RunFolder:
         return self.path + url[len(self.url) :]
 
 
+def is_run(url: str) -> bool:
+    """Whether a run has begun in this folder or URL."""
+    fs, path = fsspec.core.url_to_fs(url)
+    found: bool = fs.exists(f"{path}/{CONFIG}")
+    return found
+
+
+def read_lines(run: str, name: str) -> list[dict[str, Any]]:
+    """The lines of one of a run's .jsonl files, [] if it is not there.
+
+    Raises DataError, naming the line, if one is damaged.
+    """
+    fs, path = fsspec.core.url_to_fs(run)
+    if not fs.exists(f"{path}/{name}"):
+        return []
+    whole = fs.cat_file(f"{path}/{name}").rpartition(b"\n")[0]  # a run may be writing
+    found = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise DataError(f"{run}/{name} line {number}: no JSON; remove the line") from None
+    return found
+
+
 def checkpoint_url(run: str, step: int) -> str:
     """The folder or URL of a run's checkpoint of a step."""
     return f"{run}/checkpoints/step-{step:08d}"
@@ -144,9 +169,9 @@ def checkpoint_url(run: str, step: int) -> str:
 
 def write_scale(run: str, augmenters: str) -> None:
     """Asks a run for a fleet of another size. Raises UserError if there is no such run."""
-    fs, path = fsspec.core.url_to_fs(run)
-    if not fs.exists(f"{path}/{CONFIG}"):
+    if not is_run(run):
         raise UserError(f"{run}: no run there")
+    fs, path = fsspec.core.url_to_fs(run)
     write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
 
 

@@ -28,6 +28,7 @@ from workers.errors import RunFailed
 from workers.fleet import Fleet
 from workers.initial import read_initial
 from workers.placement import Placement
+from workers.pool import Pool
 from workers.progress import Progress
 from workers.run import RunFolder
 
@@ -46,10 +47,12 @@ def train(
     progress: Progress | None = None,
     deaths: int = 0,
     progressed: Callable[[], object] | None = None,
+    pool: Pool | None = None,
 ) -> dict[str, Any]:
     """Trains as configured and returns the result: the keys of `towers train --json`.
 
-    Starts Ray on this machine unless a cluster is at hand. `deaths` is how many processes before
+    Starts Ray on this machine unless a cluster is at hand. With a `pool`, whose augmenters it
+    takes, it is one of several runs side by side. `deaths` is how many processes before
     this one died at the same run; `progressed` is called at each checkpoint. Raises UserError or
     `DataError` for what the user can mend, RunFailed for a run that could not go on, `ClusterLost`
     if that is because this process has no Ray any more.
@@ -64,13 +67,15 @@ def train(
     threading.Thread(target=import_module, args=("workers.actors",), daemon=True).start()
     initial = read_initial(config) if config.init and not folder.checkpoints() else None
     with connected():
-        where = placement.decide(placement.cluster_nodes(), config)
+        where = placement.decide(placement.cluster_nodes(), config, pool.runs if pool else 0)
         if not config.shards:
             dataset = drawn(folder, progress)
+        if config.images:
+            dataset = dataset.first("train", config.images)
         statistics = statistics_of(dataset, config, folder, where, progress)
         config = replace(config, towers=where.mesh.towers)
         job = _job(config, where, dataset, statistics, folder)
-        fleet = Fleet(dataset, job.itinerary, config, where, statistics)
+        fleet = Fleet(dataset, job.itinerary, config, where, statistics, pool)
         if advice := config.advice(len(dataset.classes)):
             progress.say(advice)
 
@@ -141,7 +146,7 @@ class _Run:
         from workers.actors import Actors
 
         while True:
-            group = placement.reserve(self.job.placement)
+            group = placement.reserve(self.job.placement, self.fleet.name)
             try:
                 if not self.made:  # a run that found no room leaves no folder behind
                     self.folder.create()

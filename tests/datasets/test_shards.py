@@ -118,6 +118,17 @@ def test_a_shorter_rewrite_leaves_no_old_shard(tmp_path: Path) -> None:
     assert dataset.rows("train") == 4
 
 
+def test_the_first_images_are_whole_row_groups(tmp_path: Path) -> None:
+    dataset = write(str(tmp_path), 50, rows_per_group=5, shard_bytes=70)
+    assert len(dataset.shards("train")) > 1
+    for rows, kept in ((1, 5), (10, 10), (11, 15), (50, 50), (99, 50)):
+        first = dataset.first("train", rows)
+        assert first.groups("train") == dataset.groups("train")[: kept // 5]
+        found = Rows(first, "train").read(np.arange(kept))
+        assert [record.image for record in found] == [image for image, *_ in records(kept)]
+        assert first.shards("val") == dataset.shards("val")
+
+
 def test_memory_url(memory: str) -> None:
     dataset = write(memory)
     assert dataset.splits["train"][0].path.startswith("memory://")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.description import describe
-from pipeline.network import NETWORKS, Layer, Network, build, half_column
+from pipeline.network import NETWORKS, Layer, Network, Norm, build, half_column
 from pipeline.tower import Tower, share
 
 SIDES = {  # of what leaves each layer, pooling included
@@ -119,6 +119,35 @@ def test_options_change_every_layer_that_they_name() -> None:
     assert [layer.dropout for layer in layers] == [0] * 5 + [0.25] * 2 + [0]
 
 
+def test_norms_take_other_constants_where_they_run_over_maps() -> None:
+    layers = build("alexnet-2012", 10, norm={"size": 3, "k": 1.0, "alpha": 0.1, "beta": 0.5}).layers
+    plain = build("alexnet-2012", 10).layers
+    assert layers[0].norms == (Norm(3, 0.1, 0.5, 1.0),)
+    assert layers[1].norms == (Norm(3, 0.1, 0.5, 1.0), plain[1].norms[1])
+    assert build("alexnet", 10, norm={"k": 1.0}).layers[0].norms == (Norm(k=1.0),)
+
+
+def test_weights_start_wider_by_a_factor() -> None:
+    narrow, wide = (
+        Tower(build("cifar", 10, init_scale=factor), seed=0).weights() for factor in (1.0, 2.0)
+    )
+    for name, p in narrow.items():
+        factor = 2 if name.endswith(".weight") else 1
+        torch.testing.assert_close(wide[name], p * factor)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_only_the_last_layer_may_cross(name: str) -> None:
+    network = build(name, 10, crossings="last")
+    assert [layer.crosses for layer in network.layers] == [False] * (len(network.layers) - 1) + [
+        True
+    ]
+    sent = [cost.sent for cost in describe(network)]
+    assert not any(sent[:-1])
+    assert sent[-1]
+    assert parameters(network) < parameters(build(name, 10))
+
+
 def test_weights_start_as_published() -> None:
     weights = Tower(build("alexnet-2012", 10), seed=0).weights()
     for name, p in weights.items():
@@ -161,6 +190,14 @@ def test_of_an_odd_number_the_first_tower_has_one_more() -> None:
         ({"dropout": -0.1}, r"dropout is -0\.1: at least 0 and less than 1"),
         ({"name": "cifar", "dropout": 0.5}, r"dropout is 0\.5: cifar has no layer with dropout"),
         ({"columns": 3}, "columns is 3: 1 or 2"),
+        ({"crossings": "none"}, "crossings is 'none': all or last"),
+        ({"crossings": "last", "columns": 1}, "crossings is 'last': one column has nothing"),
+        ({"norm": {"size": 4}}, "lrn_size is 4: an odd number, at least 1"),
+        ({"norm": {"k": 0.0}}, r"lrn_k is 0\.0: more than 0"),
+        ({"norm": {"alpha": -1.0}}, r"lrn_alpha is -1\.0: at least 0"),
+        ({"norm": {"beta": float("nan")}}, "lrn_beta is nan: at least 0"),
+        ({"norm": {"beta": 1.0}, "lrn": False}, r"lrn_beta is 1\.0: it has no effect without lrn"),
+        ({"init_scale": 0.0}, r"init_scale is 0\.0: more than 0"),
         ({"classes": 1}, "1 classes: at least 2"),
     ],
 )

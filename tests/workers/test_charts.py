@@ -75,3 +75,11 @@ def test_what_is_not_finite_is_left_out() -> None:
 def test_counts_are_drawn_as_stairs() -> None:
     drawn = chart("N", [Curve(0, [Point(0, 1, 1), Point(10, 2, 2)])], Axis(10.0), whole=True)
     assert 'points="66.0,92.0 450.0,92.0 450.0,10.0"' in drawn
+
+
+def test_an_axis_may_count_something_else_than_time() -> None:
+    curve = Curve(0, [Point(0, 0.9, 0), Point(4, 0.2, 8)])
+    drawn = chart("Error", [curve], Axis(4, unit="epochs"))
+    assert ">epochs</text>" in drawn
+    assert [f">{n}</text>" in drawn for n in range(5)] == [True] * 5
+    assert "seconds" not in drawn

@@ -56,6 +56,30 @@ def test_towers_go_to_nodes_set_aside_for_them() -> None:
     assert where.threads == 4
 
 
+@pytest.mark.parametrize("towers", [None, 1, 2])
+@pytest.mark.parametrize("cpus", [1, 2, 3, 16])
+@pytest.mark.parametrize("runs", [1, 2, 5])
+def test_runs_side_by_side_fit_with_a_fleet_that_takes_no_room(
+    runs: int, cpus: int, towers: int | None
+) -> None:
+    where = decide([{"CPU": cpus}], config(towers=towers), runs)
+    assert where.mesh.size == (towers or 1)
+    assert runs * where.mesh.size * where.tower["CPU"] <= cpus + 1e-9
+    assert where.augmenter["CPU"] == 0
+    assert where.threads == max(1, cpus // (runs * where.mesh.size))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "runs", "towers", "share"),
+    [(4, 2, 2, 1), (2, 2, 1, 1), (2, 4, 1, 0.5), (1, 3, 1, 0.3), (3, 2, 1, 1)],
+)
+def test_runs_side_by_side_have_towers_of_their_own_or_fractions_of_a_gpu(
+    gpus: int, runs: int, towers: int, share: float
+) -> None:
+    where = decide([{"CPU": 16, "GPU": gpus}], config(), runs)
+    assert (where.device, where.mesh.towers, where.tower["GPU"]) == ("cuda", towers, share)
+
+
 @pytest.mark.parametrize(
     ("nodes", "given", "message"),
     [

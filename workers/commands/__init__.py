@@ -13,7 +13,10 @@ from typing import Any
 
 from workers.config import Config, UserError
 
-VARIANTS = ("activation", "lrn", "pooling", "dropout", "columns")
+VARIANTS = (
+    *("activation", "lrn", "pooling", "dropout", "columns", "crossings"),
+    *("lrn_size", "lrn_k", "lrn_alpha", "lrn_beta"),
+)
 """Fields of a configuration that make another network."""
 
 

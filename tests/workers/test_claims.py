@@ -1,0 +1,117 @@
+"""The claims' table, the counts, and the rule that judges by the spread between seeds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from workers.claims import ARMS, CLAIMS, REFUTED, SUPPORTED, UNSHOWN, WEAKER, judge
+from workers.claims_page import told
+from workers.cli import main
+from workers.config import configure
+from workers.counts import COUNTS
+
+LRN, RELU = CLAIMS["lrn"], CLAIMS["relu"]
+
+
+def test_counts_are_of_the_network_and_the_augmentation() -> None:
+    found = {name: count() for name, count in COUNTS.items()}
+    assert found["parameters"].ours == 60_965_224
+    assert found["multiply-adds"].ours == 724_406_816
+    assert found["layers"].ours == 8
+    assert found["neurons"].ours == 659_272
+    assert found["crops-2048"].ours == 33 * 33 * 2
+    assert found["crops-2048"].paper == 2048
+    assert all(count.verdict in (SUPPORTED, "counted") for count in found.values())
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_is_a_recipe(arm: str) -> None:
+    assert configure(ARMS[arm].settings).network in ("cifar", "alexnet-mini")
+
+
+def test_every_arm_is_of_a_claim_and_every_claim_of_arms() -> None:
+    used = {arm for claim in CLAIMS.values() for arm in claim.arms}
+    assert used == set(ARMS)
+    assert all(claim.better in ARMS and claim.worse in ARMS for claim in CLAIMS.values())
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "verdict"),
+    [
+        ([0.30, 0.31, 0.32], [0.35, 0.36, 0.35], SUPPORTED),
+        ([0.30, 0.31, 0.32], [0.31, 0.32, 0.31], UNSHOWN),
+        ([0.35, 0.36, 0.35], [0.30, 0.31, 0.32], REFUTED),
+        ([0.30], [0.90], UNSHOWN),  # without a spread nothing is known
+        ([], [0.3, 0.4], UNSHOWN),
+    ],
+)
+def test_a_difference_has_to_exceed_the_spread(
+    better: list[float], worse: list[float], verdict: str
+) -> None:
+    assert judge(LRN, better, worse).verdict == verdict
+
+
+def test_the_interval_is_students() -> None:
+    # By hand: differences of .05, .04 and .03, their deviation .01, 2 degrees of freedom.
+    finding = judge(LRN, [0.30, 0.31, 0.32], [0.35, 0.35, 0.35])
+    assert finding.figure == pytest.approx(0.04)
+    assert finding.high - finding.figure == pytest.approx(4.30 * 0.01 / 3**0.5)
+    # Runs of one seed are alike: they differ by .01 each time, whatever the seeds differ by.
+    assert judge(LRN, [0.2, 0.5, 0.8], [0.21, 0.51, 0.81]).verdict == SUPPORTED
+    # Several networks averaged are one figure against those of each.
+    alone = judge(CLAIMS["averaging"], [0.20], [0.30, 0.31, 0.32])
+    assert alone.high - alone.figure == pytest.approx(4.30 * 0.01 * (1 + 1 / 3) ** 0.5)
+
+
+def test_a_ratio_has_to_hold_the_papers_factor() -> None:
+    relu = [100.0, 110.0, 105.0]
+    assert judge(RELU, relu, [600.0, 640.0, 620.0]).verdict == SUPPORTED
+    weaker = judge(RELU, relu, [200.0, 210.0, 220.0])
+    assert weaker.verdict == WEAKER
+    assert weaker.figure == pytest.approx(2, rel=1e-3)
+    assert weaker.low < weaker.figure < weaker.high
+    never = judge(RELU, relu, [200.0, 200.0, 200.0], worse_reached=False)
+    assert (never.verdict, never.bound) == (SUPPORTED, True)
+    assert told(RELU, never).startswith("at least 1.9")
+    assert judge(RELU, relu, relu, better_reached=False).verdict == UNSHOWN
+
+
+def test_counted_claims_need_no_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "claims")
+    assert main(["claims", "--only", "layers", "--only", "neurons", "--run", run, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [line["value"] for line in result["claims"]] == [8, 659_272]
+    assert "| 8 (3.5) | 8 | counted | supported |" in (tmp_path / "claims/claims.md").read_text()
+    assert "659,272" in (tmp_path / "claims/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "gelu"], "no claim 'gelu'; there are parameters, multiply-adds, "),
+        (["--scale", "0"], "scale is 0.0: more than 0"),
+        (["--seeds", "0"], "seeds is 0: more than 0"),
+        (["--data", "nowhere"], "nowhere: no such file or folder"),
+        (["--scale", "2", "--only", "layers", "--run", "held"], "held holds runs of "),
+        (["--only", "layers", "--run", "file/x"], "cannot be written: Not a directory"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert main(["claims", "--only", "layers", "--run", "held"]) == 0
+    capsys.readouterr()
+    assert main(["claims", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("towers: ")
+    assert error.count("\n") == 1

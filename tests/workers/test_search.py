@@ -1,0 +1,164 @@
+"""Searches and experiments on real runs side by side, on two cores."""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from workers.cli import main
+from workers.config import Config, configure
+from workers.confirm import confirm
+from workers.errors import RunFailed
+from workers.experiments import Scale, claims
+from workers.history import read_history
+from workers.progress import Progress
+from workers.run import EVENTS, read_lines
+from workers.search import Search, search
+from workers.space import Domain
+
+pytestmark = pytest.mark.usefixtures("two_cores")
+SMALL = {"network": "cifar", "batch": 64, "epochs": 2, "images": 100}
+
+
+@pytest.fixture(scope="module")
+def two_cores() -> Iterator[None]:
+    """What `make train` needs too; two trials have to fit there side by side."""
+    if ray.is_initialized():
+        ray.shutdown()
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+class Interrupted(Exception):
+    """Somebody has seen enough."""
+
+
+@pytest.fixture(scope="module")
+def found(
+    shards: str, tmp_path_factory: pytest.TempPathFactory, kill_own: Callable[[str], None]
+) -> dict[str, Any]:
+    """A search both of whose trials were killed, which was then broken off, and resumed."""
+    folder = str(tmp_path_factory.mktemp("searches") / "one")
+    said: list[str] = []
+
+    class Killer(Progress):
+        def say(self, text: str) -> None:
+            said.append(text)
+            if "epoch 1" in text:
+                kill_own("ray::ImplicitFunc")
+            if "lost its process: it goes on" in text:
+                raise Interrupted
+
+    class Listener(Progress):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    space = {
+        "rate": Domain(low=0.001, high=0.1, log=True),
+        "lrn_size": Domain(choices=(3, 5)),
+        "decay": Domain(low=0.0, high=2.0),
+    }
+    wanted = Search({**SMALL, "shards": shards}, space, trials=2, early=False)
+    with pytest.raises(RunFailed, match=r"Ray Tune ended: .*Interrupted"):
+        search(folder, wanted, Killer())
+    result = search(folder, None, Listener())
+    return {**result, "said": said}
+
+
+def test_a_search_goes_on_where_it_was_broken_off(found: dict[str, Any]) -> None:
+    assert any("trials restored" in line or "had begun" in line for line in found["said"])
+    assert (found["trials"], found["finished"], found["failed"]) == (2, 2, 0)
+
+
+def test_the_first_trial_is_the_recipe_and_the_best_one_is_kept(found: dict[str, Any]) -> None:
+    trials = read_lines(found["run"], "trials.jsonl")
+    assert len(trials) == 2
+    assert found["recipe"]["settings"] == {"rate": 0.01, "lrn_size": 5, "decay": 0.001}
+    assert found["best"] in trials
+    assert found["best"]["top1_error"] == min(trial["top1_error"] for trial in trials)
+    text = Path(found["config"]).read_text()
+    assert "run" not in tomllib.loads(text)
+    best = configure({"run": found["best"]["run"]}, found["config"])
+    assert best == configure({}, f"{found['best']['run']}/config.toml")
+    assert {name: getattr(best, name) for name in found["best"]["settings"]} == (
+        found["best"]["settings"]
+    )
+
+
+def test_the_best_recipe_is_compared_from_other_seeds(
+    found: dict[str, Any], tmp_path: Path
+) -> None:
+    trials = sorted(Path(found["run"], "trials").iterdir())
+    for name, trial in zip(("best", "recipe"), trials, strict=True):
+        shutil.copytree(trial, tmp_path / f"confirm/{name}-seed1")
+    confirmed = confirm(no_config, str(tmp_path), 1, 2, Progress())
+    best, recipe = (read_history(str(trial), goal=False).top1_error for trial in trials)
+    assert confirmed == {"best": [best], "recipe": [recipe], "lower": recipe - best}
+
+
+def no_config(name: str, run: str, seed: int) -> Config:
+    raise AssertionError(f"{run} is run again")
+
+
+def test_two_runs_are_side_by_side_and_share_the_fleet(found: dict[str, Any]) -> None:
+    spans = []
+    for place in Path(found["run"], "trials").iterdir():
+        events = read_lines(str(place), EVENTS)
+        spans.append((events[0]["time"], events[-1]["time"]))
+        assert {e["augmenters"] for e in events if e["event"] == "fleet"} <= {0, 2}
+    (first, last), (second, _) = sorted(spans)[:2]
+    assert first <= second < last
+
+
+def test_the_page_has_a_line_a_trial(found: dict[str, Any]) -> None:
+    page = Path(found["report"]).read_text()
+    assert page.count("<polyline") == 2
+    assert page.count("stroke-dasharray") == 1  # the recipe
+    for axis in ("rate", "lrn_size", "decay", "top-1 error"):
+        assert f"{axis}</text>" in page
+    assert f"{found['best']['top1_error']:.2%}" in page
+
+
+def test_a_folder_that_holds_a_search_is_left_alone(
+    found: dict[str, Any], shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, message in (
+        ([shards, "--run", found["run"]], "already holds a search: --resume it"),
+        (["--resume", "--run", f"{tmp_path}"], "no search to resume"),
+    ):
+        assert main(["tune", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_claim_is_judged_by_runs_that_are_not_run_again(
+    found: dict[str, Any], shards: str, tmp_path: Path
+) -> None:
+    folder, said = str(tmp_path / "claims"), list[str]()
+    shutil.copytree(found["best"]["run"], f"{folder}/runs/base-seed0")
+
+    class Listener(Progress):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    scale = Scale(shards, scale=0.1, images=100)
+    first = claims(folder, ["pooling"], scale, seeds=1, progress=Listener())
+    assert "to run: 1" in said
+    (line,) = first["claims"]
+    assert line["verdict"] == "cannot show at this scale"  # one seed has no spread
+    history = read_history(f"{folder}/runs/pooling-2-2-seed0", goal=False)
+    assert history.done
+    assert line["arms"] == {
+        "base": [read_history(f"{folder}/runs/base-seed0", goal=False).top1_error],
+        "pooling-2-2": [history.top1_error],
+    }
+    said.clear()
+    assert claims(folder, ["pooling"], scale, seeds=1, progress=Listener())["claims"] == [line]
+    assert not any("to run" in text for text in said)
+    assert Path(first["report"]).read_text().count("<circle") == 2

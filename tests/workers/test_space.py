@@ -1,0 +1,81 @@
+"""Search spaces: the default one fits every network, and each mistake is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.recipes import RECIPES
+from workers.cli import main
+from workers.config import configure
+from workers.space import CHANGEABLE, Domain, published, read_space
+
+
+@pytest.mark.parametrize("network", RECIPES)
+def test_the_default_space_holds_the_recipes_own_settings(network: str) -> None:
+    space, left = read_space("", {"network": network})
+    own = published(configure({"network": network}), space)
+    assert left == (["dropout"] if network == "cifar" else [])
+    assert {"rate", "momentum", "decay", "batch", "lrn_k", "init_scale", "colour"} <= set(own)
+    outside = [name for name, value in own.items() if space[name].nearest(value) != value]
+    assert outside == []
+    assert set(CHANGEABLE) & set(space)
+
+
+def test_what_is_fixed_is_left_out_of_the_default_space() -> None:
+    space, left = read_space("", {"network": "alexnet", "rate": 0.1})
+    assert left == ["rate"]
+    assert "rate" not in space
+
+
+def test_values_outside_a_domain_go_to_its_edge() -> None:
+    assert Domain(low=0.1, high=0.5).nearest(0.7) == 0.5
+    assert Domain(low=0.1, high=0.5).nearest(0.2) == 0.2
+    assert Domain(choices=(3, 5)).nearest(4) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("rat = { low = 1, high = 2 }", [], "space.toml: unknown setting 'rat'"),
+        ("network = { choices = ['cifar'] }", [], "unknown setting 'network'"),
+        ("rate = 0.1", [], "rate is 0.1: { low = L, high = H }, or { choices = [A, B] }"),
+        ("rate = { low = 0.1 }", [], "{ low = L, high = H }"),
+        ("rate = { low = 0.1, high = 'x' }", [], "{ low = L, high = H }"),
+        ("rate = { choices = [] }", [], "{ choices = [A, B] }"),
+        ("rate = { low = 0.2, high = 0.1 }", [], "from 0.2 to 0.1: low has to be less"),
+        ("decay = { low = 0, high = 0.1, log = true }", [], "with log, low has to be more than 0"),
+        ("momentum = { low = 0.5, high = 1.5 }", [], "momentum is 1.5: at least 0 and less than 1"),
+        ("batch = { low = 0.5, high = 8.0 }", [], "batch has 0.5: a value of type int is wanted"),
+        ("dropout = { low = 0.1, high = 0.5 }", [], "cifar has no layer with dropout"),
+        ("rate = { low = 0.1, high = 0.5 }", ["--rate", "0.1"], "rate is searched, and fixed as"),
+        ("", [], "space.toml: nothing to search"),
+        ("rate = ", [], "space.toml: not TOML"),
+        ("rate = { low = 0.1, high = 0.5 }", ["--trials", "0"], "trials is 0: more than 0"),
+        ("batch = { choices = [8] }", ["--algorithm", "pbt"], "pbt changes settings of runs"),
+        (
+            "rate = { low = 0.1, high = 0.5 }",
+            ["--algorithm", "pbt", "--scheduler", "asha"],
+            "--scheduler has no effect with pbt",
+        ),
+        ("rate = { low = 0.1, high = 0.5 }", ["--resume"], "--resume needs --run RUN"),
+        ("", ["--resume", "--run", "runs/none"], "network has no effect with --resume"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(
+    text: str,
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("space.toml").write_text(text)
+    assert main(["tune", "--network", "cifar", "--space", "space.toml", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("towers: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("runs").exists()

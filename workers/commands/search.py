@@ -1,0 +1,162 @@
+"""`towers tune` and `claims`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from workers.commands import command, given, help_of, options, show
+from workers.commands.training import NOWHERE
+from workers.config import UserError, configure, locate, read
+from workers.space import read_space
+
+TRIALS = 20
+PARALLEL = "Runs side by side. [one a GPU, or else a CPU]"
+
+
+def add(commands: Any) -> None:
+    tune = command(
+        commands,
+        "tune",
+        "search for the best settings, many runs side by side",
+        "towers tune CIFAR10 --network cifar --minutes 30",
+        _tune,
+    )
+    tune.add_argument("shards", nargs="?", metavar="SHARDS", help=help_of("shards"))
+    tune.add_argument("--space", metavar="FILE", help="TOML file of what may be chosen from what.")
+    tune.add_argument(
+        "--trials", type=int, metavar="N", help=f"Runs, or of pbt its population. [{TRIALS}]"
+    )
+    tune.add_argument(
+        "--algorithm",
+        choices=("random", "optuna", "pbt"),
+        help="At random, Optuna's Bayesian search, population-based training. [random]",
+    )
+    tune.add_argument(
+        "--scheduler", choices=("asha", "none"), help="Whether poor runs end early. [asha]"
+    )
+    tune.add_argument("--minutes", type=float, metavar="M", help="After which the search ends.")
+    tune.add_argument("--parallel", type=int, metavar="P", help=PARALLEL)
+    tune.add_argument(
+        "--confirm",
+        type=int,
+        metavar="N",
+        help="Then train the best recipe and the one as it was from N other seeds each.",
+    )
+    tune.add_argument("--config", metavar="FILE", help="TOML file of settings of every run.")
+    tune.add_argument("--resume", action="store_true", help="Go on with the search in RUN.")
+    tune.add_argument("--run", metavar="RUN", help="Folder or URL of the search.")
+    options(tune, *FIXED)
+
+    claims = command(
+        commands,
+        "claims",
+        "show the paper's claims by experiments, beside its figures",
+        "towers claims --data CIFAR10 --images 10000 --run claims",
+        _claims,
+    )
+    claims.add_argument(
+        "--only", action="append", metavar="NAME", help="This claim; may be said again. [all]"
+    )
+    claims.add_argument("--data", metavar="SHARDS", help=help_of("shards"))
+    claims.add_argument(
+        "--scale", type=float, metavar="S", help="Factor on the epochs of every run. [1]"
+    )
+    claims.add_argument("--seeds", type=int, metavar="N", help="Runs of every recipe. [3]")
+    claims.add_argument("--parallel", type=int, metavar="P", help=PARALLEL)
+    claims.add_argument(
+        "--run", metavar="RUN", help="Folder or URL; what is finished there is not run again."
+    )
+    options(claims, "images", "precision")
+
+
+FIXED = (
+    *("network", "activation", "lrn", "pooling", "dropout", "columns", "crossings"),
+    *("lrn_size", "lrn_k", "lrn_alpha", "lrn_beta", "init_scale"),
+    *("image", "scale", "pad", "crops", "mirror", "colour", "colour_scale"),
+    *("batch", "epochs", "rate", "schedule", "drops", "patience", "warmup", "momentum", "decay"),
+    *("bias_rate", "decay_bias", "precision"),
+    *("images", "steps", "seed", "towers", "device", "on_error", "restarts"),
+)
+"""Settings that hold for every run of a search if they are given."""
+
+
+def _tune(args: argparse.Namespace) -> int:
+    folder = getattr(args, "run", "")
+    if getattr(args, "resume", False):
+        if not folder:
+            raise UserError("--resume needs --run RUN, the search to go on with")
+        for name in vars(args):
+            if name not in ("run", "resume", "json", "run_command", "guard"):
+                raise UserError(f"{name} has no effect with --resume: RUN holds the search")
+        from workers.search import search
+
+        result = search(locate(folder), None)
+    else:
+        fixed = _fixed(args)
+        space, left = read_space(getattr(args, "space", ""), fixed)
+        from workers.search import Search, search
+
+        names = ("trials", "algorithm", "minutes", "parallel", "confirm")
+        said = {name: value for name, value in vars(args).items() if name in names}
+        if scheduler := getattr(args, "scheduler", ""):
+            if said.get("algorithm") == "pbt":
+                raise UserError("--scheduler has no effect with pbt, which ends no run early")
+            said["early"] = scheduler == "asha"
+        wanted = Search(fixed, space, **{"trials": TRIALS, **said})
+        if left:
+            print(f"not searched: {', '.join(left)}", file=sys.stderr)
+        folder = folder or f"runs/tune-{time.strftime('%Y%m%d-%H%M%S')}"
+        result = search(locate(folder), wanted)
+    return show(args, _text(result), result)
+
+
+def _fixed(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of every run, checked."""
+    file = getattr(args, "config", "")
+    fixed = {**(read(file) if file else {}), **given(args)}
+    fixed.pop("run", None)
+    config = configure({**fixed, "run": NOWHERE})
+    return {**fixed, "network": config.network, "shards": config.shards}
+
+
+def _text(result: dict[str, Any]) -> str:
+    """The outcome for a person."""
+    from workers.progress import table
+    from workers.search_page import lower
+
+    best, recipe = result["best"], result["recipe"]
+    rows: list[tuple[str, ...]] = [
+        ("trials", f"{result['trials']} ({result['finished']} to their end)"),
+        ("best top-1 error", f"{best['top1_error']:.2%} (trial {best['trial']})"),
+    ]
+    if recipe and recipe["top1_error"] is not None:
+        rows.append(("the recipe as it was", f"{recipe['top1_error']:.2%}"))
+    if confirmed := result["confirmed"]:
+        for name, errors in (("best", confirmed["best"]), ("recipe", confirmed["recipe"])):
+            shown = ", ".join(f"{error:.2%}" for error in errors)
+            rows.append((f"{name}, other seeds", shown or "none came to its end"))
+        if "lower" in confirmed:
+            rows.append(("lower by", lower(confirmed)))
+    rows += [(name, f"{value}") for name, value in best["settings"].items()]
+    rows += [("best recipe", result["config"]), ("page", result["report"])]
+    return table(rows)
+
+
+def _claims(args: argparse.Namespace) -> int:
+    from workers.experiments import Scale, claims
+    from workers.progress import table
+
+    given = vars(args)
+    data = getattr(args, "data", "")
+    said = {name: given[name] for name in ("scale", "images", "precision") if name in given}
+    scale = Scale(locate(data) if data else "", **said)
+    folder = getattr(args, "run", "") or f"runs/claims-{time.strftime('%Y%m%d-%H%M%S')}"
+    more = {name: given[name] for name in ("seeds", "parallel") if name in given}
+    result = claims(locate(folder), getattr(args, "only", []), scale, **more)
+    names = ("claim", "paper", "ours", "on", "verdict")
+    rows = [tuple(str(line[name]) for name in names) for line in result["claims"]]
+    text = table(rows, names)
+    return show(args, f"{text}\n\n{result['table']}\n{result['report']}", result)

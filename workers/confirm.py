@@ -1,0 +1,57 @@
+"""Whether the best of a search is better than the recipe as it was, from other seeds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from workers.claims import interval
+from workers.config import Config
+from workers.history import read_history
+from workers.progress import Progress
+from workers.trials import run_all
+
+NAMES = ("best", "recipe")
+
+
+def confirm(
+    config: Callable[[str, str, int], Config],
+    folder: str,
+    seeds: int,
+    parallel: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Trains "best" and "recipe" from so many seeds each, 1 and on, by `config(name, run, seed)`.
+
+    Returns the top-1 errors of either; by how much the best one's mean is `lower`, and if there are
+    two seeds or more, `at_least` and `at_most` what the spread between them allows with 95%
+    certainty. Runs that are finished are not run again.
+    """
+    places = {
+        (name, seed): f"{folder}/confirm/{name}-seed{seed}"
+        for name in NAMES
+        for seed in range(1, seeds + 1)
+    }
+    configs = {
+        run: config(name, run, seed)
+        for (name, seed), run in places.items()
+        if not read_history(run, goal=False).done
+    }
+    if configs:
+        progress.say(f"the best recipe and the one before, from {seeds} seeds each")
+        # Tune's own notes of each attempt apart; the runs themselves know what is done.
+        name = f"confirm/tune/{time.strftime('%Y%m%d-%H%M%S')}"
+        run_all(configs, folder, progress, name=name, parallel=parallel)
+    histories = {place: read_history(run, goal=False) for place, run in places.items()}
+    errors = {
+        name: [one.top1_error for (of, _), one in histories.items() if of == name and one.done]
+        for name in NAMES
+    }
+    found: dict[str, Any] = dict(errors)
+    if all(errors.values()):
+        figures = interval(errors["best"], errors["recipe"])
+        named = zip(("lower", "at_least", "at_most"), figures, strict=True)
+        found |= {name: figure for name, figure in named if math.isfinite(figure)}
+    return found

@@ -1,0 +1,302 @@
+"""`towers claims`: trains the arms of the paper's claims side by side, and judges them."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import fsspec
+
+from datasets.layout import write_whole
+from datasets.shards import open_dataset
+from workers.claims import ARMS, CLAIMS, Arm, Claim, Finding, judge
+from workers.claims_page import claims_page, markdown, told
+from workers.cluster import connected
+from workers.config import Config, UserError, configure
+from workers.counts import COUNTS, Count
+from workers.evaluate import evaluate
+from workers.history import History, read_history
+from workers.progress import Progress
+from workers.trials import prepare_data, run_all
+
+SETTINGS, RESULT, TABLE, REPORT = "settings.json", "claims.json", "claims.md", "report.html"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the arms are trained on and how long: `scale` times their epochs on `images` training
+    images, all if None, of `data`, the drawn data set if "".
+    """
+
+    data: str = ""
+    scale: float = 1.0
+    images: int | None = None
+    precision: str = "float32"
+
+
+def claims(
+    folder: str,
+    names: Sequence[str],
+    scale: Scale,
+    *,
+    seeds: int = 3,
+    parallel: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Shows the claims called `names`, all if there are none, in `folder`; runs that are finished
+    there are not run again. Returns the keys of `towers claims --json`.
+
+    Raises UserError and DataError for what the user can mend.
+    """
+    progress = progress or Progress()
+    for name in names:
+        if name not in (*COUNTS, *CLAIMS):
+            raise UserError(f"no claim {name!r}; there are {', '.join((*COUNTS, *CLAIMS))}")
+    for what, value in (("seeds", seeds), ("scale", scale.scale), ("parallel", parallel or 1)):
+        if not value > 0:
+            raise UserError(f"{what} is {value}: more than 0")
+    if scale.data:
+        open_dataset(scale.data)  # before anything is made or started
+    chosen = names or (*COUNTS, *CLAIMS)
+    counted = [count for name, count in COUNTS.items() if name in chosen]
+    trained = [claim for name, claim in CLAIMS.items() if name in chosen]
+    lines = [_counted_line(count()) for count in counted]
+    runs: dict[str, list[History]] = {}
+    _keep(folder, scale)
+    if trained:
+        with connected():
+            lab = _Lab(folder, scale, seeds, parallel, progress)
+            runs = lab.train([ARMS[arm] for claim in trained for arm in claim.arms])
+            for claim in trained:
+                lines.append(
+                    _trained_line(
+                        claim, *lab.measured(claim, runs), _on(scale, claim, runs, lab.failures)
+                    )
+                )
+    result = {"run": folder, **asdict(scale), "seeds": seeds, "claims": lines}
+    fs, path = fsspec.core.url_to_fs(folder)
+    curves = {arm: [(told.steps, told.curve) for told in found] for arm, found in runs.items()}
+    for name, text in (
+        (RESULT, json.dumps(result, indent=1) + "\n"),
+        (TABLE, markdown(lines)),
+        (REPORT, claims_page(result, curves)),
+    ):
+        write_whole(fs, f"{path}/{name}", text.encode())
+    return {**result, "table": f"{folder}/{TABLE}", "report": f"{folder}/{REPORT}"}
+
+
+def _keep(folder: str, scale: Scale) -> None:
+    """Notes what the runs in a folder are of. Raises UserError if they are of something else."""
+    fs, path = fsspec.core.url_to_fs(folder)
+    text = json.dumps(asdict(scale)) + "\n"
+    try:
+        if fs.exists(f"{path}/{SETTINGS}"):
+            before = fs.cat_file(f"{path}/{SETTINGS}").decode()
+            if before != text:
+                raise UserError(f"{folder} holds runs of {before.strip()}: name another folder")
+            return
+        fs.makedirs(path, exist_ok=True)
+        write_whole(fs, f"{path}/{SETTINGS}", text.encode())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
+class _Lab:
+    """Trains arms and measures them."""
+
+    def __init__(
+        self, folder: str, scale: Scale, seeds: int, parallel: int | None, progress: Progress
+    ) -> None:
+        self.folder, self.scale, self.seeds = folder, scale, seeds
+        self.parallel, self.progress = parallel, progress
+        self.shards = scale.data
+        self.failures: dict[str, str] = {}
+        self.evaluated: dict[tuple[str, ...], Any] = {}
+
+    def train(self, arms: Iterable[Arm]) -> dict[str, list[History]]:
+        """The runs of each arm, those of each seed that came to their end."""
+        arms = list({arm.name: arm for arm in arms}.values())
+        configs = [self._config(arm, 0, "") for arm in arms]
+        self.shards = prepare_data(configs, self.folder, self.progress)
+        self._run(
+            [(arm, 0, rate) for arm in arms for rate in arm.rates]
+            + [(arm, seed, None) for arm in arms if not arm.rates for seed in range(self.seeds)]
+        )
+        best = {arm.name: self._best_rate(arm) for arm in arms}
+        several = [(a, s, best[a.name]) for a in arms if a.rates for s in range(self.seeds)]
+        self._run(several)
+        found = {}
+        for arm in arms:
+            told = [self._history(arm, seed, best[arm.name]) for seed in range(self.seeds)]
+            found[arm.name] = [one for one in told if one.done]
+        return found
+
+    def _config(self, arm: Arm, seed: int, run: str, rate: float | None = None) -> Config:
+        settings = {**arm.settings, **({"rate": rate} if rate else {})}
+        if self.scale.images:
+            settings["images"] = self.scale.images
+        epochs = max(1, round(arm.epochs * self.scale.scale))
+        more = {"epochs": epochs, "seed": seed, "precision": self.scale.precision}
+        return configure({**settings, **more, "shards": self.shards, "run": run or "memory://"})
+
+    def _place(self, arm: Arm, seed: int, rate: float | None) -> str:
+        rated = f"-rate{rate:g}" if rate else ""
+        return f"{self.folder}/runs/{arm.name}{rated}-seed{seed}"
+
+    def _run(self, wanted: Iterable[tuple[Arm, int, float | None]]) -> None:
+        """Runs what is not done yet."""
+        configs, ending = {}, set()
+        for arm, seed, rate in wanted:
+            run = self._place(arm, seed, rate)
+            if not read_history(run, goal=arm.to_goal).done:
+                configs[run] = self._config(arm, seed, run, rate)
+                if arm.to_goal:
+                    ending.add(run)
+        if not configs:
+            return
+        self.progress.say(f"to run: {len(configs)}")
+        # Tune's own notes of each attempt apart; the runs themselves know what is done.
+        failures = run_all(
+            configs,
+            self.folder,
+            self.progress,
+            name=f"tune/{time.strftime('%Y%m%d-%H%M%S')}",
+            parallel=self.parallel,
+            stop=partial(_at_goal, frozenset(ending)),
+        )
+        for run, why in failures.items():
+            self.progress.say(f"{run} failed: {why}")
+        self.failures |= failures
+
+    def _history(self, arm: Arm, seed: int, rate: float | None) -> History:
+        return read_history(self._place(arm, seed, rate), goal=arm.to_goal)
+
+    def _best_rate(self, arm: Arm) -> float | None:
+        """The rate that came to the goal first, or nearest to it."""
+        if not arm.rates:
+            return None
+
+        def order(rate: float) -> tuple[float, float]:
+            told = self._history(arm, 0, rate)
+            left = told.curve[-1][1] if told.done and told.curve else math.inf
+            return told.reached if told.reached and told.done else math.inf, left
+
+        return min(arm.rates, key=order)
+
+    def measured(
+        self, claim: Claim, runs: dict[str, list[History]]
+    ) -> tuple[Finding, dict[str, Any]]:
+        """The finding of a claim, and what was measured of each arm, a value a seed."""
+        measures = dict(zip((claim.better, claim.worse), claim.measures, strict=True))
+        values = {
+            arm: [
+                self.value(one, measures.get(arm, claim.measure), claim, runs) for one in runs[arm]
+            ]
+            for arm in claim.arms
+        }
+        better = [self.value(one, claim.measures[0], claim, runs) for one in runs[claim.better]]
+        worse = [self.value(one, claim.measures[1], claim, runs) for one in runs[claim.worse]]
+        if claim.measure == "averaged":
+            better = better[:1]
+        if claim.better == claim.worse:
+            values = dict(zip(claim.measures, (better, worse), strict=True))
+        reached = {
+            arm: claim.measure != "iterations" or all(one.reached for one in runs[arm])
+            for arm in claim.arms
+        }
+        finding = judge(
+            claim,
+            better,
+            worse,
+            better_reached=reached[claim.better],
+            worse_reached=reached[claim.worse],
+        )
+        return finding, values
+
+    def value(
+        self, one: History, measure: str, claim: Claim, runs: dict[str, list[History]]
+    ) -> float:
+        """A measure of a run."""
+        if measure == "iterations":
+            return float(one.reached or one.curve[-1][0])
+        if measure == "gap":
+            arms = [run.run for arm in claim.arms for run in runs[arm]]
+            return one.top1_error - self._errors(arms, split="train")[one.run]
+        if measure in ("one_crop", "ten_crops", "averaged"):
+            same = [run.run for run in runs[claim.better]]
+            errors = self._errors(same, crops=10 if measure == "ten_crops" else 1)
+            return errors["averaged" if measure == "averaged" else one.run]
+        value: float = getattr(one, measure)
+        return value
+
+    def _errors(self, runs: Sequence[str], **options: Any) -> dict[str, float]:
+        """The top-1 errors of runs as `towers evaluate` finds them, and of their average."""
+        key = (*runs, json.dumps(options))
+        if key not in self.evaluated:
+            found = evaluate(runs, progress=self.progress, **options)
+            errors = {line["run"]: line["top1_error"] for line in found["runs"]}
+            self.evaluated[key] = {**errors, "averaged": found["top1_error"]}
+        errors = self.evaluated[key]
+        return errors
+
+
+def _at_goal(runs: frozenset[str], report: dict[str, Any]) -> bool:
+    run = report.get("run")
+    return run in runs and read_history(str(run), goal=True).reached is not None
+
+
+def _counted_line(count: Count) -> dict[str, Any]:
+    ours = f"{count.ours:,}" + (f" ({count.note})" if count.note else "")
+    return {
+        "claim": count.name,
+        "says": count.says,
+        "paper": count.said,
+        "ours": ours,
+        "on": "counted",
+        "verdict": count.verdict,
+        "value": count.ours,
+    }
+
+
+def _trained_line(
+    claim: Claim, finding: Finding, values: dict[str, list[float]], on: str
+) -> dict[str, Any]:
+    return {
+        "claim": claim.name,
+        "says": claim.says,
+        "paper": claim.paper,
+        "ours": told(claim, finding),
+        "on": on,
+        "verdict": finding.verdict,
+        "value": _number(finding.figure),
+        "low": _number(finding.low),
+        "high": _number(finding.high),
+        "at_least": finding.bound,
+        "measure": claim.measure,
+        "arms": values,
+    }
+
+
+def _number(value: float) -> float | None:
+    """What JSON has a word for."""
+    return value if math.isfinite(value) else None
+
+
+def _on(
+    scale: Scale, claim: Claim, runs: dict[str, list[History]], failures: dict[str, str]
+) -> str:
+    """What a claim was tried on, or why it could not be."""
+    name = scale.data.rstrip("/").rpartition("/")[2] if scale.data else "drawn set"
+    counts = [len(runs[arm]) for arm in claim.arms]
+    if not min(counts):
+        of_arms = (f"/runs/{arm}-" for arm in claim.arms)
+        why = (text for part in of_arms for run, text in failures.items() if part in run)
+        return f"{name}: {next(why, 'no run came to its end')}"
+    images = f", {scale.images:,} images" if scale.images else ""
+    steps = max((one.curve[-1][0] for arm in claim.arms for one in runs[arm]), default=0)
+    return f"{name}{images}, {steps:,} steps, {min(counts)} seed{'s' * (min(counts) != 1)}"

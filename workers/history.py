@@ -1,0 +1,73 @@
+"""How a run went, out of its files."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+from workers.claims import GOAL
+from workers.run import EVENTS, METRICS, read_lines
+
+WINDOW = 2500  # training images that an error is the mean of, at least
+
+
+@dataclass(frozen=True)
+class History:
+    """`done`: the run came to its end, or to its goal; `curve`: errors in training as (step,
+    error); `steps` of an epoch; the step that `reached` the goal first, None if none did; seconds a
+    step; the error at the end, nan before it.
+    """
+
+    run: str
+    done: bool
+    curve: list[tuple[int, float]]
+    steps: int
+    reached: int | None
+    step_seconds: float
+    top1_error: float
+
+
+def read_history(run: str, *, goal: bool) -> History:
+    """The history of a run, which is done at its `goal` already if it has one.
+
+    Raises DataError if a file of it is damaged.
+    """
+    metrics, events = read_lines(run, METRICS), read_lines(run, EVENTS)
+    # A run that lost a process has done some steps twice: the same both times.
+    training = {line["step"]: line for line in metrics if line["split"] == "train"}
+    lines = [training[step] for step in sorted(training)]
+    evaluations = [line for line in metrics if line["split"] != "train"]
+    curve = _curve(lines)
+    reached = next((step for step, error, whole in curve if whole and error <= GOAL), None)
+    end = next((event for event in reversed(events) if event["event"] == "end"), None)
+    seconds = [
+        later["seconds"] / (later["step"] - earlier["step"]) for earlier, later in pairwise(lines)
+    ]
+    return History(
+        run,
+        bool((goal and reached) or end),
+        [(step, error) for step, error, _ in curve],
+        next((round(e["step"] / (e["epoch"] + 1)) for e in evaluations), 1),
+        reached,
+        median(seconds) if seconds else math.nan,
+        end["top1_error"] if end else math.nan,
+    )
+
+
+def _curve(lines: list[dict[str, Any]]) -> list[tuple[int, float, bool]]:
+    """Step, mean error over the window up to it, and whether that is a whole one."""
+    window, curve = deque[tuple[float, float]](), []
+    for line in lines:
+        images = line["images_per_second"] * line["seconds"]
+        window.append((images, images * line["top1_error"]))
+        while sum(n for n, _ in window) - window[0][0] >= WINDOW:
+            window.popleft()
+        seen = sum(n for n, _ in window)
+        if seen:
+            wrong = sum(w for _, w in window)
+            curve.append((line["step"], wrong / seen, seen >= WINDOW))
+    return curve

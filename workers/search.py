@@ -1,0 +1,250 @@
+"""`towers tune`: a search for the best settings, each trial a run of its own."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from typing import Any, Literal
+
+import fsspec
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
+from ray.tune.search import BasicVariantGenerator
+from ray.tune.search.optuna import OptunaSearch
+
+from datasets.layout import write_whole
+from datasets.shards import open_dataset
+from workers.cluster import connected
+from workers.config import Config, UserError, configure
+from workers.confirm import confirm
+from workers.errors import RunFailed
+from workers.progress import Progress
+from workers.search_page import search_page
+from workers.space import CHANGEABLE, Domain, Space, published
+from workers.trials import Plan, Trial, prepare_data, run_trials, slots
+
+SEARCH, TRIALS, BEST, REPORT = "search.json", "trials.jsonl", "best.toml", "report.html"
+REDUCTION = 3  # of the trials that come to a rung of ASHA, one in so many goes on
+
+Algorithm = Literal["random", "optuna", "pbt"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched and how; kept in the search's folder, from which it can be resumed.
+
+    `fixed` are settings of every trial, `space` the domains of the others; `confirm` from how many
+    seeds the best recipe and the one as it was are trained again. Raises UserError for
+    what cannot be.
+    """
+
+    fixed: dict[str, Any]
+    space: Space
+    trials: int = 20
+    algorithm: Algorithm = "random"
+    early: bool = True
+    minutes: float | None = None
+    parallel: int | None = None
+    confirm: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "minutes", "parallel", "confirm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} is {value}: more than 0")
+        if self.algorithm == "pbt" and not self.changed:
+            raise UserError(f"pbt changes settings of runs that go on: {', '.join(CHANGEABLE)}")
+
+    @property
+    def changed(self) -> Space:
+        """The settings that population-based training changes on the way."""
+        return {name: domain for name, domain in self.space.items() if name in CHANGEABLE}
+
+    def config(self, settings: dict[str, Any], run: str) -> Config:
+        """The configuration of a run with some settings of the space."""
+        rounded = {name: _rounded(value) for name, value in settings.items()}
+        return configure({**self.fixed, **rounded, "run": run})
+
+    def nearest(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings, those outside the space brought to its edge."""
+        return {name: self.space[name].nearest(value) for name, value in settings.items()}
+
+    def plan(self, parallel: int) -> Plan:
+        """The trials of it: the first has the recipe's own settings, if the space has them."""
+        base = self.config({}, "memory://")
+        epochs = int(max(self.space["epochs"].ends)) if "epochs" in self.space else base.epochs
+        own = published(base, self.space)
+        first = [own] if own == self.nearest(own) else []
+        space = {name: _drawn(domain) for name, domain in self.space.items()}
+        scheduler: Any = None
+        if self.algorithm == "pbt":
+            scheduler = PopulationBasedTraining(
+                time_attr="epoch",
+                perturbation_interval=max(1, epochs // 10),
+                hyperparam_mutations={name: space[name] for name in self.changed},
+                custom_explore_fn=self.nearest,
+            )
+        elif self.early:
+            # One more than there are, so that a run which comes to its end does so by itself.
+            most = epochs + 1
+            scheduler = ASHAScheduler("epoch", max_t=most, reduction_factor=REDUCTION)
+        searcher: Any = None
+        if self.algorithm == "optuna":
+            searcher = OptunaSearch(seed=base.seed, points_to_evaluate=first)
+        else:
+            searcher = BasicVariantGenerator(
+                points_to_evaluate=first, max_concurrent=parallel, random_state=base.seed
+            )
+        return Plan(space, self.trials, searcher, scheduler, parallel, self.minutes)
+
+
+def search(folder: str, wanted: Search | None, progress: Progress | None = None) -> dict[str, Any]:
+    """Searches in `folder`, a path or URL, or goes on with the search there if none is `wanted`.
+
+    Returns the keys of `towers tune --json`. Raises UserError and DataError for what the user can
+    mend, RunFailed if no trial came to an evaluation.
+    """
+    progress = progress or Progress()
+    resume = wanted is None
+    todo = wanted or _kept(folder)
+    fs, path = fsspec.core.url_to_fs(folder)
+    if wanted:
+        if fs.exists(f"{path}/{SEARCH}"):
+            raise UserError(f"{folder} already holds a search: --resume it, or name another")
+        if todo.fixed.get("shards"):
+            open_dataset(todo.fixed["shards"])  # before anything is made or started
+    with connected():
+        config = todo.config({}, folder)
+        parallel = todo.parallel or slots()
+        if wanted:
+            _keep(folder, wanted)
+        shards = prepare_data([config], folder, progress)
+        shared = replace(todo, fixed={**todo.fixed, "shards": shards})
+        make = partial(_config, shared, folder)
+        begun = time.time()
+        trials = run_trials(make, todo.plan(parallel), folder, progress, resume=resume)
+        lines = [_line(todo, trial) for trial in trials]
+        best = _best(lines)
+        confirmed = None
+        if todo.confirm:
+            again = partial(_again, shared, best["settings"])
+            confirmed = confirm(again, folder, todo.confirm, parallel, progress)
+    return _written(folder, todo, lines, best, confirmed, time.time() - begun)
+
+
+def _again(wanted: Search, best: dict[str, Any], name: str, run: str, seed: int) -> Config:
+    seeded = {**wanted.fixed, "seed": wanted.fixed.get("seed", 0) + seed}
+    return replace(wanted, fixed=seeded).config(best if name == "best" else {}, run)
+
+
+def _config(wanted: Search, folder: str, settings: dict[str, Any], name: str) -> Config:
+    return wanted.config(settings, f"{folder}/trials/{name}")
+
+
+def _best(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The best trial of those that came to their end, of all that were evaluated if none did."""
+    reached = [line for line in lines if line["state"] == "finished"]
+    reached = reached or [line for line in lines if line["state"] == "ended early"]
+    if not reached:
+        why = next((f"all failed: {line['why']}" for line in lines), "give it more --minutes")
+        raise RunFailed(f"no trial came to an evaluation; {why}")
+    return min(reached, key=lambda line: line["top1_error"])
+
+
+def _written(
+    folder: str,
+    wanted: Search,
+    lines: list[dict[str, Any]],
+    best: dict[str, Any],
+    confirmed: dict[str, Any] | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """The result, once its files are written."""
+    own = {n: _rounded(v) for n, v in published(wanted.config({}, folder), wanted.space).items()}
+    recipe = next((line for line in lines if line["settings"] == own), None)
+    result = {
+        "run": folder,
+        "trials": len(lines),
+        "finished": sum(line["state"] == "finished" for line in lines),
+        "failed": sum(line["state"] == "failed" for line in lines),
+        "seconds": round(seconds, 1),
+        "best": best,
+        "recipe": recipe,
+        "confirmed": confirmed,
+        "config": f"{folder}/{BEST}",
+        "report": f"{folder}/{REPORT}",
+    }
+    fs, path = fsspec.core.url_to_fs(folder)
+    config = wanted.config(best["settings"], folder)
+    text = "".join(
+        line + "\n" for line in config.to_toml().splitlines() if not line.startswith("run =")
+    )
+    page = search_page(result, lines, wanted.space, text)
+    written = "".join(json.dumps(line) + "\n" for line in lines)
+    for name, data in ((BEST, text), (TRIALS, written), (REPORT, page)):
+        write_whole(fs, f"{path}/{name}", data.encode())
+    return result
+
+
+def _line(wanted: Search, trial: Trial) -> dict[str, Any]:
+    settings = {name: _rounded(value) for name, value in trial.settings.items()}
+    state = "failed"
+    if not trial.failed:
+        epochs = wanted.config(settings, "memory://").epochs
+        state = "finished" if trial.report["epoch"] >= epochs else "ended early"
+    names = ("run", "epoch", "step", "loss", "top1_error", "top5_error", "train_error")
+    report = {name: trial.report.get(name) for name in names}
+    return {
+        "trial": trial.name,
+        "state": state,
+        "settings": settings,
+        **report,
+        "seconds": round(trial.report.get("time_total_s", 0.0), 1),
+        "why": trial.failed,
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Three digits say all that a search can tell."""
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def _drawn(domain: Domain) -> Any:
+    """A domain as Tune has it."""
+    if domain.choices:
+        return tune.choice(list(domain.choices))
+    if domain.whole:
+        draw = tune.lograndint if domain.log else tune.randint
+        return draw(int(domain.low), int(domain.high) + 1)
+    return (tune.loguniform if domain.log else tune.uniform)(domain.low, domain.high)
+
+
+def _keep(folder: str, wanted: Search) -> None:
+    fs, path = fsspec.core.url_to_fs(folder)
+    try:
+        fs.makedirs(path, exist_ok=True)
+        write_whole(fs, f"{path}/{SEARCH}", (json.dumps(asdict(wanted), indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+
+def _kept(folder: str) -> Search:
+    fs, path = fsspec.core.url_to_fs(folder)
+    if not fs.exists(f"{path}/{SEARCH}"):
+        raise UserError(f"{folder}: no search to resume")
+    try:
+        values = json.loads(fs.cat_file(f"{path}/{SEARCH}"))
+        values["space"] = {n: Domain(**_tuples(d)) for n, d in values["space"].items()}
+        values["fixed"] = _tuples(values["fixed"])
+        return Search(**{f.name: values[f.name] for f in fields(Search)})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder}/{SEARCH}: damaged ({error}); search anew elsewhere") from None
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {name: _tuples(v) for name, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

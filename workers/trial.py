@@ -1,0 +1,146 @@
+"""One trial of Ray Tune from within: a run, told to Tune as it goes on."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from ray import tune
+
+from datasets import DataError
+from workers.cluster import connected
+from workers.config import Config, UserError
+from workers.data import known_statistics
+from workers.errors import ClusterLost, RunFailed
+from workers.pool import Pool
+from workers.progress import Progress
+from workers.run import checkpoint_url, checkpoints, is_run
+from workers.supervisor import train
+
+POINTER = "run.json"
+
+Make = Callable[[dict[str, Any], str], Config]
+"""The configuration of a trial with these settings and this id; with it the run's folder."""
+
+
+def statistics_place(folder: str, config: Config) -> str:
+    """Where trials find the statistics of images of their size."""
+    return f"{folder}/statistics/{config.image}"
+
+
+def trial(settings: dict[str, Any], make: Make, pool: Pool, folder: str) -> None:
+    """One trial, in a process of its own."""
+    name = tune.get_context().get_trial_id()
+    try:
+        config = make(settings, name)
+    except UserError as error:  # settings that do not go together
+        tune.report({"top1_error": 1.0, "epoch": 0, "why": str(error)})
+        return
+    config = _placed(config)
+    if found := known_statistics(config.image, statistics_place(folder, config)):
+        fs, path = fsspec.core.url_to_fs(config.run)
+        fs.makedirs(path, exist_ok=True)
+        found.save(f"{config.run}/statistics.npz")
+    reporter = Reporter(config)
+    with connected():
+        try:
+            result = train(
+                config,
+                resume=is_run(config.run),
+                progress=reporter,
+                progressed=reporter.checkpointed,
+                pool=replace(pool, name=name),
+            )
+        except ClusterLost:
+            raise
+        except (DataError, UserError, RunFailed) as error:
+            # Such as a loss that is not a number: another try would end the same way.
+            reporter.failed(str(error))
+        else:
+            reporter.ended(result)
+
+
+def _placed(config: Config) -> Config:
+    """The configuration with the folder where this trial goes on: its own, or, if it is to go on
+    from where another trial is (population-based training), a new one that begins there.
+    """
+    came = tune.get_checkpoint()
+    if came is None:
+        return config
+    with came.as_directory() as place:
+        pointer = json.loads(Path(place, POINTER).read_text())
+    if pointer["run"] == config.run or pointer["run"].startswith(f"{config.run}+"):
+        return _at(config, pointer["run"])
+    count = 1
+    while is_run(f"{config.run}+{count}"):
+        count += 1
+    return _forked(_at(config, f"{config.run}+{count}"), pointer["run"], pointer["step"])
+
+
+def _at(config: Config, run: str) -> Config:
+    return Config(**{**vars(config), "run": run})
+
+
+def _forked(config: Config, origin: str, step: int) -> Config:
+    """Makes the run begin at the checkpoint of a step of another run, or the first one after that
+    which is still kept.
+    """
+    step = next(kept for kept in checkpoints(origin) if kept >= step)
+    fs, path = fsspec.core.url_to_fs(checkpoint_url(config.run, step))
+    _, source = fsspec.core.url_to_fs(checkpoint_url(origin, step))
+    fs.makedirs(path, exist_ok=True)
+    for file in fs.ls(source, detail=False):  # what makes it complete comes last
+        if not file.endswith("/.metadata"):
+            fs.cp_file(file, f"{path}/{file.rpartition('/')[2]}")
+    fs.cp_file(f"{source}/.metadata", f"{path}/.metadata")
+    fs.pipe_file(f"{path.partition('/checkpoints/')[0]}/config.toml", config.to_toml().encode())
+    return config
+
+
+class Reporter(Progress):
+    """Tells Tune of each evaluation once its checkpoint is written, so that none is told twice."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.run, self.last = config.run, -1
+        self.training: list[tuple[float, float]] = []  # images and wrong ones, of this epoch
+        self.evaluated: dict[str, Any] = {}
+
+    def step(self, report: dict[str, Any]) -> None:
+        super().step(report)
+        images = report["images_per_second"] * report["seconds"]
+        self.training.append((images, images * report["top1_error"]))
+
+    def evaluation(self, report: dict[str, Any]) -> None:
+        super().evaluation(report)
+        self.evaluated = report
+
+    def checkpointed(self) -> None:
+        """To be called at each checkpoint."""
+        if self.evaluated and self.evaluated["step"] != self.last:
+            self._report(self.evaluated["epoch"] + 1, self.evaluated)
+
+    def ended(self, result: dict[str, Any]) -> None:
+        """The run is at its end; a trial that was killed after its last report tells it here."""
+        if self.last != result["steps"]:
+            self._report(round(result["epochs"]), {**result, "step": result["steps"]})
+
+    def failed(self, why: str) -> None:
+        """As bad as can be for whoever compares trials, and not to be shown as measured."""
+        tune.report({"top1_error": 1.0, "epoch": self.evaluated.get("epoch", -1) + 1, "why": why})
+
+    def _report(self, epoch: int, line: dict[str, Any]) -> None:
+        self.last = line["step"]
+        names = ("step", "loss", "top1_error", "top5_error")
+        report = {"epoch": epoch, "run": self.run, **{name: line[name] for name in names}}
+        images, wrong = map(sum, zip((0.0, 0.0), *self.training, strict=True))
+        report["train_error"] = wrong / images if images else None
+        self.training.clear()
+        with tempfile.TemporaryDirectory() as place:
+            Path(place, POINTER).write_text(json.dumps({"run": self.run, "step": self.last}))
+            tune.report(report, checkpoint=tune.Checkpoint.from_directory(place))
