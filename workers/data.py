@@ -17,7 +17,7 @@ from datasets.layout import Dataset, write_whole
 from datasets.shards import open_dataset, read_manifest
 from datasets.statistics import Statistics
 from workers.config import Config
-from workers.fleet import measure
+from workers.measure import measure
 from workers.placement import Placement
 from workers.progress import Progress
 from workers.run import RunFolder

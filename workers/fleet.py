@@ -28,14 +28,13 @@ from datasets import DataError
 from datasets.augmentation import Augmentation, Batch, Loader
 from datasets.layout import Dataset
 from datasets.plan import Itinerary
-from datasets.statistics import Statistics, Sums, sums_of_groups
+from datasets.statistics import Statistics
 from workers.config import Config
 from workers.placement import Placement
 from workers.pool import Pool
 
 SEGMENT = 16384  # blocks of one execution; Ray Data wants to know all of its input at the start
 READ_AHEAD = 8  # finished batches that wait for the towers
-GROUPS_ROWS = 2048  # rows that a task of `measure` goes through
 AHEAD = 4, 8  # blocks that an augmenter works on or has next, for large and for small ones
 AHEAD_BYTES = 16 << 20  # of crops, if that is between the two
 
@@ -314,42 +313,3 @@ def _array(table: pa.Table, name: str, dtype: Any) -> NDArray[Any]:
 def _fault(crop: int, error: str) -> Part:
     none, crops = np.zeros(0, np.int64), np.zeros((0, crop, crop, 3), np.uint8)
     return Part(Batch(crops, none, np.zeros((0, 3), np.float32), none, 0, []), none, error)
-
-
-def measure(dataset: Dataset, size: int, on_error: str, resources: dict[str, float]) -> Statistics:
-    """Mean image and colours of the training split at `size` pixels, by tasks on the cluster.
-
-    Raises DataError at a bad row unless `on_error` is skip.
-    """
-    groups = dataset.groups("train")
-    extra = dict(resources)
-    task = ray.remote(_sums).options(num_cpus=extra.pop("CPU"), resources=extra or None)
-    shared = ray.put(dataset)
-    waiting = [task.remote(shared, size, part, on_error) for part in _parts(groups)]
-    total = Sums(size)
-    while waiting:
-        done, waiting = ray.wait(waiting)
-        found, error = ray.get(done[0])
-        if error:
-            for ref in waiting:
-                ray.cancel(ref)
-            raise DataError(error)
-        total.merge(found)
-    return total.finish()
-
-
-def _sums(dataset: Dataset, size: int, groups: range, on_error: str) -> tuple[Sums, str]:
-    try:
-        return sums_of_groups(dataset, "train", size, groups, on_error=on_error), ""
-    except DataError as error:
-        return Sums(size), str(error)
-
-
-def _parts(groups: tuple[int, ...]) -> Iterator[range]:
-    """Ranges of row groups that hold about `GROUPS_ROWS` rows each."""
-    first, rows = 0, 0
-    for number, size in enumerate(groups):
-        rows += size
-        if rows >= GROUPS_ROWS or number == len(groups) - 1:
-            yield range(first, number + 1)
-            first, rows = number + 1, 0
