@@ -55,7 +55,8 @@ def child(shards: str, run: str) -> None:
     note(ray, "init", "ray")
     note(supervisor, "statistics_of", "data")
     note(placement, "reserve", "room")
-    supervisor.train(configure({"shards": shards, "run": run, "steps": 2, "log_every": 1}))
+    small = {"network": "alexnet-mini", "steps": 2, "log_every": 1}
+    supervisor.train(configure({"shards": shards, "run": run, **small}))
     done["end"] = time.time()
     for name, event, part in (("events", "start", "join"), ("metrics", "train", "step")):
         lines = map(json.loads, Path(run, f"{name}.jsonl").read_text().splitlines())
@@ -68,7 +69,7 @@ def seconds(shards: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="towers-") as folder:
         start = time.time()
         command = [sys.executable, __file__, "--child", shards, f"{folder}/run"]
-        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         done = json.loads(printed.splitlines()[-1])
     found = {}
     for part in PARTS:
