@@ -43,7 +43,9 @@ def plan(
     memory = _memory(network, config, mesh, costs)
     steps = math.ceil(images / config.batch) * config.epochs
     steps = min(steps, config.steps or steps)
-    parameters = sum(cost.parameters for cost in costs)
+    first = _first_trained(config, len(costs))
+    ways = [1 + (index > first) for index in range(len(costs))]  # forward, and backward if learnt
+    frozen = sum(costs[index].parameters for index in config.frozen)
     high = config.fleet[1]
     if rates:
         high = min(high, max(config.fleet[0], math.ceil(rates.need)))
@@ -55,11 +57,17 @@ def plan(
         "steps": steps,
         "memory": memory,
         "object_store_bytes": store_bytes(config, network.crop, high),
-        "checkpoint_bytes": 2 * 4 * parameters,
+        "checkpoint_bytes": 4 * (2 * sum(cost.parameters for cost in costs) - frozen),
         "step_bytes": {
-            "towers": 2 * sum(cost.sent for cost in costs) * compute.itemsize // 4,
+            "towers": sum(n * cost.sent for n, cost in zip(ways, costs, strict=True))
+            * compute.itemsize
+            // 4,
             "stages": [
-                2 * each * network.shapes[part.start - 1].units // mesh.towers * compute.itemsize
+                ways[part.start]
+                * each
+                * network.shapes[part.start - 1].units
+                // mesh.towers
+                * compute.itemsize
                 for part in config.parts[1:]
             ],
             "replicas": max(line["gradients"] for line in memory) if mesh.replicas > 1 else 0,
@@ -87,6 +95,8 @@ def _memory(
     """Bytes of each part on the device of each stage, of one tower and one replica."""
     compute = getattr(torch, config.precision)
     keeps = kept(network, compute)
+    for index in range(_first_trained(config, len(keeps))):
+        keeps[index] = 0
     each = config.batch // mesh.replicas
     micro = -(-each // config.microbatches)
     found = []
@@ -114,6 +124,11 @@ def _memory(
             }
         )
     return found
+
+
+def _first_trained(config: Config, layers: int) -> int:
+    """The first layer that is trained: those before need no backward pass."""
+    return next(index for index in range(layers) if index not in config.frozen)
 
 
 def text(result: dict[str, Any], rates: Rates | None) -> str:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from datasets.augmentation import centre_crop
-from datasets.drawn import write_drawn
+from datasets.drawn import CLASSES, write_drawn
 from datasets.images import decode
 from datasets.rows import Rows
 from datasets.shards import open_dataset
@@ -23,7 +23,7 @@ from workers.trained import open_trained
 
 
 @pytest.fixture(scope="module")
-def shards() -> str:
+def near() -> str:
     """150 images that lie in this process, where no Ray is needed to read them."""
     write_drawn("memory://near", train=150, val=50)
     return "memory://near"
@@ -35,9 +35,9 @@ def run(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_nearest_are_those_of_the_features(
-    run: str, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: str, near: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    records = Rows(open_dataset(shards), "train").read(np.arange(150))
+    records = Rows(open_dataset(near), "train").read(np.arange(150))
     pixels = np.stack([centre_crop(decode(r.image, "", 72), 64) for r in records])
     features = open_trained(run).classifier().features(torch.from_numpy(pixels)).double()
     assert features.shape == (150, 1024)
@@ -46,20 +46,20 @@ def test_the_nearest_are_those_of_the_features(
         files.append(f"{tmp_path}/{row}.jpg")
         Path(files[-1]).write_bytes(records[row].image)
     sheet = f"{tmp_path}/sheet.png"
-    options = ["--data", shards, "--k", "4", "--output", sheet, "--json"]
+    options = ["--data", near, "--k", "4", "--output", sheet, "--json"]
     assert main(["neighbours", run, *files, *options]) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert (result["step"], result["split"], result["file"]) == (6, "train", sheet)
     for row, one in zip((3, 149), result["images"], strict=True):
         want = (features - features[row]).square().sum(1).sqrt()
-        near = one["neighbours"]
-        assert [n["row"] for n in near] == want.argsort()[:4].tolist()
-        assert near[0]["distance"] == pytest.approx(0, abs=1e-4)  # the image itself
-        for n in near:
+        found = one["neighbours"]
+        assert [n["row"] for n in found] == want.argsort()[:4].tolist()
+        assert found[0]["distance"] == pytest.approx(0, abs=1e-4)  # the image itself
+        for n in found:
             assert n["distance"] == pytest.approx(want[n["row"]].item(), abs=1e-4)
-            assert n["class"] == n["title"] == open_dataset(shards).classes[n["row"] % 10]
-        assert near[1]["place"] in out
+            assert n["class"] == n["title"] == CLASSES[n["row"] % 10]
+        assert found[1]["place"] in out
     with Image.open(sheet) as picture:
         assert picture.format == "PNG"
         # The first of a line is the image, the second, the same image, its nearest.
@@ -68,13 +68,13 @@ def test_the_nearest_are_those_of_the_features(
 
 
 def test_the_index_is_kept_until_checkpoint_or_rows_are_others(
-    run: str, shards: str, tmp_path: Path
+    run: str, near: str, tmp_path: Path
 ) -> None:
     image = f"{tmp_path}/a.png"
     Image.new("RGB", (80, 60), "red").save(image)
 
     def written(**given: object) -> float:
-        neighbours(run, [image], data=shards, **given)  # type: ignore[arg-type]
+        neighbours(run, [image], data=near, **given)  # type: ignore[arg-type]
         return Path(f"{run}/neighbours/index.json").stat().st_mtime_ns
 
     first = written()
