@@ -24,7 +24,7 @@ from workers.supervisor import train
 from workers.weights import export
 
 
-def tutorial(folder: str, *, images: int = 3000, epochs: int = 4) -> dict[str, Any]:
+def tutorial(folder: str, *, images: int = 6000, epochs: int = 8) -> dict[str, Any]:
     """All steps one after another; returns the results of the two trainings."""
     # 1. Data. Shards are folders of Parquet; of your own images `towers prepare photos/ SHARDS`
     # makes them. Here are drawn ones: ten shapes, each in a class of its own.
@@ -33,7 +33,7 @@ def tutorial(folder: str, *, images: int = 3000, epochs: int = 4) -> dict[str, A
 
     # 2. Training. Two towers, processes that hold half of the network each, and augmenters that
     # crop for them. Kill any of these processes if you like.
-    #     towers train FOLDER/shapes --network alexnet-mini --epochs 4 --run FOLDER/run
+    #     towers train FOLDER/shapes --network alexnet-mini --run FOLDER/run
     run = f"{folder}/run"
     given = {"network": "alexnet-mini", "epochs": epochs, "augmenters": "1:2"}
     first = train(configure({**given, "shards": shards, "run": run}))
@@ -68,7 +68,7 @@ def tutorial(folder: str, *, images: int = 3000, epochs: int = 4) -> dict[str, A
     #     towers train FOLDER/round --init FOLDER/shapes.safetensors --freeze conv1:conv5 ...
     few = f"{folder}/round"
     write_round(few, max(60, images // 10))
-    given |= {"init": weights, "freeze": "conv1:conv5", "rate": 0.005, "batch": 32}
+    given |= {"init": weights, "freeze": "conv1:conv5", "rate": 0.005, "warmup": 0, "batch": 32}
     second = train(configure({**given, "shards": few, "run": f"{folder}/tuned"}))
     print(f"fine-tuned: {second['top1_error']:.1%} are taken for the other class")
 
@@ -96,6 +96,6 @@ def write_round(url: str, images: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", metavar="FOLDER")
-    parser.add_argument("--images", type=int, default=3000)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--images", type=int, default=6000)
+    parser.add_argument("--epochs", type=int, default=8)
     tutorial(**vars(parser.parse_args()))
