@@ -11,7 +11,7 @@ from pipeline.description import describe
 from pipeline.network import build
 from workers.claims import REFUTED, SUPPORTED
 
-NEAR = 0.07  # a count within this share of the paper's round figure is the same
+NEAR = 0.05  # a count within this share of the paper's round figure is the same
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ def test_counts_are_of_the_network_and_the_augmentation() -> None:
     assert found["neurons"].ours == 659_272
     assert found["crops-2048"].ours == 33 * 33 * 2
     assert found["crops-2048"].paper == 2048
-    assert all(count.verdict in (SUPPORTED, "counted") for count in found.values())
+    verdicts = [count.verdict for count in found.values()]
+    # One place more fits each way than the paper counts.
+    assert verdicts == [SUPPORTED, "counted", SUPPORTED, SUPPORTED, REFUTED]
 
 
 @pytest.mark.parametrize("arm", ARMS)
