@@ -20,7 +20,8 @@ from datasets.shards import open_dataset
 from datasets.statistics import Statistics
 from workers.config import configure
 from workers.feed import Feed
-from workers.fleet import Fleet, Part, Watch, measure, pack, unpack
+from workers.fleet import Fleet, Part, Watch, pack, unpack
+from workers.measure import measure
 from workers.placement import Placement, cluster_nodes, decide
 
 NAMES = ("crops", "labels", "shifts", "rows")
