@@ -178,10 +178,10 @@ def test_kubernetes_pods_have_shared_memory_and_the_projects_versions(
 
 
 def test_the_kubernetes_job_runs_on_that_cluster(kubernetes: dict[str, dict[str, Any]]) -> None:
-    from workers.cli import _parser
+    from workers.cli import parser
 
     job, name = kubernetes["RayJob"]["spec"], kubernetes["RayCluster"]["metadata"]["name"]
     assert job["clusterSelector"] == {"ray.io/cluster": name}
     program, *arguments = job["entrypoint"].split()
     assert program == "towers"
-    assert _parser().parse_args(arguments).network == "alexnet"
+    assert parser().parse_args(arguments).network == "alexnet"
