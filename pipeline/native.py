@@ -76,7 +76,6 @@ def _built(compiler: str) -> Path:
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = _cache() / f"kernels-{name}.so"
     if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
         handle, fresh = tempfile.mkstemp(suffix=".so", dir=library.parent)
         os.close(handle)
         try:
@@ -111,8 +110,17 @@ def _processor() -> str:
 
 
 def _cache() -> Path:
+    """The user's own folder for compiled code. Raises OSError if it is somebody else's."""
     home = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(home) if home else Path.home() / ".cache"
-    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
+    try:
+        folder = Path(home) if home else Path.home() / ".cache"
+        writable = os.access(folder if folder.exists() else folder.parent, os.W_OK)
+    except RuntimeError:  # a user without a home
+        writable = False
+    if not writable:
         folder = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
-    return folder / "towers"
+    folder = folder / "towers"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise OSError(f"{folder} belongs to another user")
+    return folder
