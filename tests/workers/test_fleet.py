@@ -20,7 +20,7 @@ from datasets.shards import open_dataset
 from datasets.statistics import Statistics
 from workers.config import configure
 from workers.feed import Feed
-from workers.fleet import Fleet, Part, Watch, pack, unpack
+from workers.fleet import Fleet, Part, Watch, pack, part_bytes, store_bytes, unpack
 from workers.measure import measure
 from workers.placement import Placement, cluster_nodes, decide
 
@@ -209,7 +209,11 @@ def test_slow_towers_stop_the_fleet(shards: str, cluster: None) -> None:
         time.sleep(1)
         counts.append(sum(op.metrics.num_outputs_of_finished_tasks or 0 for op in watch.operators))
     assert first[:2] == (0, 0)
-    assert 1 < counts[-1] < 64  # of 2,800
+    most = store_bytes(made.config, made.crop, made.config.fleet[1]) // part_bytes(
+        made.config, made.crop
+    )
+    # Ray Data looks at its limit before it starts tasks, and not at what they will add.
+    assert 1 < counts[-1] < 2 * most < 200  # of 2,800
     refs.close()
 
 
