@@ -26,6 +26,7 @@ from workers.config import Config, UserError
 from workers.data import check_classes, classes_of, drawn, keep, statistics_of
 from workers.errors import RunFailed
 from workers.fleet import Fleet
+from workers.gauges import Gauges
 from workers.initial import read_initial
 from workers.placement import Placement
 from workers.pool import Pool
@@ -141,6 +142,7 @@ class _Run:
         self.stopping, self.stopped = "", False  # the signal that ends the run; whether it is heard
         self.augmenters, self.stalls, self.looked = job.config.augmenters, 0, 0.0
         self.seen: tuple[Any, ...] = ()
+        self.gauges = Gauges(folder.url)
 
     def result(self) -> dict[str, Any]:
         from workers.actors import Actors
@@ -266,11 +268,11 @@ class _Run:
             self.stalled += report["stall_fraction"] * seconds
             report["augmenters"] = ray.get(feed.state.remote())["augmenters"]
             self.last = report
-            self.folder.metrics({"split": "train", **report})
+            self._measured("train", report)
             self.progress.step(report)
         elif kind == "evaluation":
             self.evaluations.append(report)
-            self.folder.metrics({"split": self.job.itinerary.held_out, **report})
+            self._measured(str(self.job.itinerary.held_out), report)
             self.progress.evaluation(report)
         elif kind == "checkpoint":
             best = min(self.evaluations, key=lambda e: e["top1_error"], default={}).get("step")
@@ -286,6 +288,10 @@ class _Run:
             self.folder.event("skipped", **report)
             for fault in report["faults"]:
                 self.progress.say(f"skipped: {fault}")
+
+    def _measured(self, split: str, report: dict[str, Any]) -> None:
+        self.folder.metrics({"split": split, **report})
+        self.gauges.set(split, report)
 
     def _summary(self, step: int, sha: str) -> dict[str, Any]:
         best = self.evaluations[-1] if self.evaluations else self.last
