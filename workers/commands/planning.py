@@ -41,7 +41,7 @@ def _plan(args: argparse.Namespace) -> int:
     known = vars(args)
     config = configure({"network": "alexnet", **given(args), "run": NOWHERE})
     said = [known[name] for name in RATES if name in known]
-    for name in (*RATES, *PRICES, "images"):
+    for name in (*RATES, *PRICES):
         least = 0 if name in PRICES else 1e-9
         if not known.get(name, 1) >= least:
             raise UserError(f"{name} is {known[name]}: more than 0")
