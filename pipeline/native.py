@@ -24,7 +24,6 @@ _FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trappin
 _FLAGS += ["-fPIC", "-shared", "-fopenmp"]
 _SECONDS = 120  # a compiler that needs more is stuck
 
-
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _FUNCTIONS = {
     "lrn": [_POINTER] * 3 + [_LONG] + [_INT] * 2 + [_FLOAT] * 2 + [_INT] * 3,
@@ -34,15 +33,13 @@ _FUNCTIONS = {
 MOST = 512  # maps of a row: what the functions hold of it at a time
 
 
-def kernels(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The functions of kernels.cpp if they can take such tensors here, else None.
+def kernels(x: Tensor) -> ctypes.CDLL | None:
+    """The functions of kernels.cpp if they can take tensors like x here, else None.
 
     They take channels-last float32 or bfloat16, all of one dtype, in a processor's memory.
     """
-    for x in tensors:
-        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-            return None
-    return _load()[0]
+    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return _load()[0] if fits else None
 
 
 def missing() -> str:

@@ -142,14 +142,19 @@ def locate(place: str) -> str:
     return os.path.abspath(place)
 
 
-def read(file: str) -> dict[str, Any]:
+def read_toml(file: str, what: str) -> dict[str, Any]:
+    """The tables of a TOML file, a path or URL. Raises UserError, which calls it a `what`."""
     try:
         with fsspec.open(file, "rb") as f:
-            values = tomllib.loads(f.read().decode())
+            return tomllib.loads(f.read().decode())
     except FileNotFoundError:
-        raise UserError(f"{file}: no such configuration file") from None
+        raise UserError(f"{file}: no such {what}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not TOML: {error}") from None
+
+
+def read(file: str) -> dict[str, Any]:
+    values = read_toml(file, "configuration file")
     known = {f.name: f for f in fields(Config)}
     for name, value in values.items():
         if name not in known:

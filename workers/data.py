@@ -49,10 +49,11 @@ def check_classes(dataset: Dataset) -> None:
         raise DataError(f"{dataset.root}: labels of {count} class; a network tells 2 or more apart")
 
 
-def drawn(folder: RunFolder, progress: Progress) -> Dataset:
-    """The built-in data set beside the run, so that all nodes that see the one see the other."""
-    url = f"{folder.url}/shards"
-    if not folder.fs.exists(f"{folder.path}/shards/dataset.json"):
+def drawn(folder: str, progress: Progress) -> Dataset:
+    """The built-in data set beside a run, so that all nodes that see the one see the other."""
+    url = f"{folder}/shards"
+    fs, path = fsspec.core.url_to_fs(url)
+    if not fs.exists(f"{path}/dataset.json"):
         progress.say("drawing the built-in data set")
         write_drawn(url)
     return open_dataset(url)

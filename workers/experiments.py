@@ -192,19 +192,18 @@ class _Lab:
         self, claim: Claim, runs: dict[str, list[History]]
     ) -> tuple[Finding, dict[str, Any]]:
         """The finding of a claim, and what was measured of each arm, a value a seed."""
-        measures = dict(zip((claim.better, claim.worse), claim.measures, strict=True))
-        values = {
-            arm: [
-                self.value(one, measures.get(arm, claim.measure), claim, runs) for one in runs[arm]
-            ]
-            for arm in claim.arms
-        }
-        better = [self.value(one, claim.measures[0], claim, runs) for one in runs[claim.better]]
-        worse = [self.value(one, claim.measures[1], claim, runs) for one in runs[claim.worse]]
+
+        def of(arm: str, measure: str) -> list[float]:
+            return [self.value(one, measure, claim, runs) for one in runs[arm]]
+
+        better, worse = map(of, (claim.better, claim.worse), claim.measures)
         if claim.measure == "averaged":
             better = better[:1]
         if claim.better == claim.worse:
             values = dict(zip(claim.measures, (better, worse), strict=True))
+        else:
+            beside = {arm: of(arm, claim.measure) for arm in claim.beside}
+            values = {claim.better: better, claim.worse: worse, **beside}
         reached = {
             arm: claim.measure != "iterations" or all(one.reached for one in runs[arm])
             for arm in claim.arms

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from pipeline.network import Norm
 from pipeline.recipes import Recipe
-from workers.config import Config, UserError, configure, fits
+from workers.config import Config, UserError, configure, fits, read_toml
 
 DEFAULT = Path(__file__).with_name("space.toml")
 
@@ -57,15 +54,8 @@ def read_space(file: str, fixed: dict[str, Any]) -> tuple[Space, list[str]]:
     Raises UserError, naming file and setting, for what cannot be.
     """
     name = file or str(DEFAULT)
-    try:
-        with fsspec.open(name, "rb") as f:
-            tables = tomllib.loads(f.read().decode())
-    except FileNotFoundError:
-        raise UserError(f"{name}: no such search space") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: not TOML: {error}") from None
     space, left = {}, []
-    for setting, table in tables.items():
+    for setting, table in read_toml(name, "search space").items():
         if not file and setting in fixed:
             left.append(setting)
             continue

@@ -70,7 +70,7 @@ def train(
     with connected():
         where = placement.decide(placement.cluster_nodes(), config, pool.runs if pool else 0)
         if not config.shards:
-            dataset = drawn(folder, progress)
+            dataset = drawn(folder.url, progress)
         if config.images:
             dataset = dataset.first("train", config.images)
         statistics = statistics_of(dataset, config, folder, where, progress)

@@ -15,7 +15,7 @@ from ray import tune
 from datasets import DataError
 from workers.cluster import connected
 from workers.config import Config, UserError
-from workers.data import known_statistics
+from workers.data import STATISTICS, known_statistics
 from workers.errors import ClusterLost, RunFailed
 from workers.pool import Pool
 from workers.progress import Progress
@@ -45,7 +45,7 @@ def trial(settings: dict[str, Any], make: Make, pool: Pool, folder: str) -> None
     if found := known_statistics(config.image, statistics_place(folder, config)):
         fs, path = fsspec.core.url_to_fs(config.run)
         fs.makedirs(path, exist_ok=True)
-        found.save(f"{config.run}/statistics.npz")
+        found.save(f"{config.run}/{STATISTICS}")
     reporter = Reporter(config)
     with connected():
         try:
@@ -75,15 +75,12 @@ def _placed(config: Config) -> Config:
     with came.as_directory() as place:
         pointer = json.loads(Path(place, POINTER).read_text())
     if pointer["run"] == config.run or pointer["run"].startswith(f"{config.run}+"):
-        return _at(config, pointer["run"])
+        return replace(config, run=pointer["run"])
     count = 1
     while is_run(f"{config.run}+{count}"):
         count += 1
-    return _forked(_at(config, f"{config.run}+{count}"), pointer["run"], pointer["step"])
-
-
-def _at(config: Config, run: str) -> Config:
-    return Config(**{**vars(config), "run": run})
+    fork = replace(config, run=f"{config.run}+{count}")
+    return _forked(fork, pointer["run"], pointer["step"])
 
 
 def _forked(config: Config, origin: str, step: int) -> Config:

@@ -19,11 +19,10 @@ import fsspec
 from ray import tune
 from ray.tune.search import Searcher
 
-from datasets.drawn import write_drawn
 from datasets.shards import open_dataset
 from workers import placement
 from workers.config import Config, UserError
-from workers.data import check_classes, known_statistics, measured
+from workers.data import check_classes, drawn, known_statistics, measured
 from workers.errors import RunFailed
 from workers.pool import Pool
 from workers.progress import Progress
@@ -160,13 +159,8 @@ def prepare_data(configs: Sequence[Config], folder: str, progress: Progress) -> 
     UserError without a split to evaluate on.
     """
     shards = configs[0].shards
-    if not shards:
-        shards = f"{folder}/shards"
-        fs, path = fsspec.core.url_to_fs(shards)
-        if not fs.exists(f"{path}/dataset.json"):
-            progress.say("drawing the built-in data set")
-            write_drawn(shards)
-    dataset = open_dataset(shards)
+    dataset = open_dataset(shards) if shards else drawn(folder, progress)
+    shards = shards or dataset.root
     check_classes(dataset)
     if not dataset.held_out:
         raise UserError(f"{shards}: no val or test split to compare trials on")
