@@ -84,9 +84,10 @@ def evaluate(
             here,
             usable_gpus(dataset, networks),
         )
-        found, skipped = sweep(_evaluate, work, "evaluated", workers, progress)
+        found = list(sweep(_evaluate, work, "evaluated", workers, progress))
     rows = np.concatenate([outcome.rows for outcome in found])
     verdicts = [_joined(of_one) for of_one in zip(*(o.verdicts for o in found), strict=True)]
+    skipped = sum(outcome.skipped for outcome in found)
     return write_evaluation(work, rows, verdicts, skipped, progress)
 
 

@@ -143,7 +143,8 @@ def _build(
     here = only_here(dataset.root, index)
     gpus = usable_gpus(dataset, [network])
     work = Work(dataset, split, 1, on_error, (network,), None, here, gpus)
-    sweep(partial(_index, index), work, "indexed", workers, progress)
+    for _ in sweep(partial(_index, index), work, "indexed", workers, progress):
+        pass
     write_whole(fs, f"{path}/{ABOUT}", json.dumps(about).encode())
 
 

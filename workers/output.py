@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import IO
 
-from datasets.layout import storage, write_whole
+from datasets.layout import storage
 from workers.config import UserError
 
 
@@ -21,12 +22,29 @@ def check_output(url: str) -> None:
         fs.rm_file(probe)
 
 
+@contextmanager
+def written(url: str) -> Iterator[IO[bytes]]:
+    """A file to write at a path or URL, which is there when the block has ended, complete, and not
+    at all if it fails. Raises UserError if it cannot be written.
+    """
+    fs, path = storage(url)
+    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    with _said(url):
+        try:
+            with fs.open(partial, "wb") as file:
+                yield file
+            fs.mv(partial, path)
+        except BaseException:
+            with suppress(Exception):
+                fs.rm_file(partial)
+            raise
+
+
 def write_output(url: str, data: bytes) -> None:
     """Writes a file, complete or not at all. Raises UserError if it cannot be."""
     check_output(url)
-    fs, path = storage(url)
-    with _said(url):
-        write_whole(fs, path, data)
+    with written(url) as file:
+        file.write(data)
 
 
 @contextmanager

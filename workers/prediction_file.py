@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,21 @@ from datasets.augmentation import Augmentation, Loader, evaluation_views
 from datasets.shards import open_dataset
 from pipeline.evaluation import best
 from workers.cluster import connected
-from workers.output import check_output, write_output
+from workers.output import check_output, written
 from workers.predict import open_known
 from workers.progress import Progress
 from workers.spread import only_here
 from workers.sweep import OnError, Part, Work, checked_views, pick_split, sweep, usable_gpus
+
+GROUP = 1 << 16  # rows of a row group of the file
+SCHEMA = pa.schema(
+    {
+        "row": pa.int64(),
+        "path": pa.string(),
+        "classes": pa.list_(pa.string()),
+        "probabilities": pa.list_(pa.float64()),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -62,23 +71,20 @@ def predict_rows(
     dataset = open_dataset(data, labelled=False)
     split = pick_split(dataset, split)
     check_output(output)
+    assert network.classes
     here = only_here(dataset.root)
     with nullcontext() if here else connected():
         gpus = usable_gpus(dataset, [network])
         work = Work(dataset, split, views, on_error, (network,), None, here, gpus)
-        found, skipped = sweep(_predict, work, "predicted", workers, progress)
-    assert network.classes
-    table = _table(found, network.classes.names)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    write_output(output, buffer.getvalue())
+        with closing(sweep(_predict, work, "predicted", workers, progress)) as found:
+            rows, skipped = _write(output, found, network.classes.names)
     return {
         "run": run,
         "step": network.step,
         "data": dataset.root,
         "split": split,
         "crops": crops,
-        "rows": len(table),
+        "rows": rows,
         "skipped": skipped,
         "file": output,
     }
@@ -98,13 +104,36 @@ def _predict(work: Work, batches: list[NDArray[np.int64]]) -> Iterator[Seen]:
             rows.append(record.row)
             paths.append(record.path)
             views.append(evaluation_views(pixels, crop, work.views))
-        if not rows:
-            none = np.empty((0, 0))
-            yield Seen(numbers[:0], len(faults), faults, [], none.astype(np.int64), none)
-            continue
-        classes, chances = best(classifier.probabilities(torch.from_numpy(np.stack(views))))
+        chosen = torch.empty(0, network.network.classes, dtype=torch.float64)
+        if rows:
+            chosen = classifier.probabilities(torch.from_numpy(np.stack(views)))
+        classes, chances = best(chosen)
         kept = np.array(rows, np.int64)
         yield Seen(kept, len(faults), faults, paths, classes.numpy(), chances.numpy())
+
+
+def _write(output: str, found: Iterator[Seen], names: tuple[str, ...]) -> tuple[int, int]:
+    """Writes the file as rows come, and counts them and those that were skipped."""
+    rows = skipped = 0
+    with written(output) as file, pq.ParquetWriter(file, SCHEMA) as writer:
+        for parts in _groups(found):
+            table = _table(parts, names)
+            writer.write_table(table)
+            rows += len(table)
+            skipped += sum(part.skipped for part in parts)
+    return rows, skipped
+
+
+def _groups(found: Iterator[Seen]) -> Iterator[list[Seen]]:
+    """Parts of a row group together."""
+    parts: list[Seen] = []
+    for part in found:
+        parts.append(part)
+        if sum(len(one.rows) for one in parts) >= GROUP:
+            yield parts
+            parts = []
+    if parts:
+        yield parts
 
 
 def _table(found: list[Seen], names: tuple[str, ...]) -> pa.Table:
@@ -117,5 +146,6 @@ def _table(found: list[Seen], names: tuple[str, ...]) -> pa.Table:
             "path": pa.array([path for part in found for path in part.paths], pa.string()),
             "classes": pa.ListArray.from_arrays(ends, pa.array(names).take(classes.ravel())),
             "probabilities": pa.ListArray.from_arrays(ends, chances.ravel()),
-        }
+        },
+        SCHEMA,
     )

@@ -7,7 +7,8 @@ workers there were.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, cast
 
@@ -94,34 +95,43 @@ def sweep(
     what: str,
     workers: int | None,
     progress: Progress,
-) -> tuple[list[P], int]:
-    """What `function(work, batches)` yields for each batch of rows, in the order of the rows, and
-    how many rows were skipped.
+) -> Generator[P, None, None]:
+    """What `function(work, batches)` yields for each batch of rows, in the order of the rows; held
+    are only those that overtook others. Close it if it is left before its end.
 
     `what`: what has been done with the rows, for progress. Raises RunFailed unless each was dealt
     with once, UserError if all were skipped.
     """
     total = work.dataset.rows(work.split)
     items = row_ranges(work.dataset.groups(work.split))
-    found: list[P] = []
-    done, start, skipped, shown = 0, time.monotonic(), 0, 0
-    for _, part in spread(
+    came: dict[int, list[P]] = defaultdict(list)
+    turn, last = 0, -1  # the range of rows that is next, and the row that was last
+    used, skipped, shown, start = 0, 0, 0, time.monotonic()
+    for number, part in spread(
         _batches, (function, work), items, workers=workers, here=work.here, gpus=work.gpus
     ):
-        found.append(part)
         for fault in part.faults[: SHOWN - shown]:
             progress.say(f"skipped: {fault}")
             shown += 1
+        used += len(part.rows)
         skipped += part.skipped
-        done += len(part.rows) + part.skipped
-        progress.done(what, done, total, start)
-    found = sorted((part for part in found if len(part.rows)), key=lambda part: int(part.rows[0]))
-    if not found:
+        progress.done(what, used + skipped, total, start)
+        came[number].append(part)
+        while turn < len(items) and _dealt(came[turn]) == len(items[turn]):
+            for one in came.pop(turn):
+                if (np.diff(one.rows, prepend=last) <= 0).any():
+                    raise RunFailed(f"rows were {what} twice")
+                last = int(one.rows[-1]) if len(one.rows) else last
+                yield one
+            turn += 1
+    if turn < len(items):
+        raise RunFailed(f"{used} rows were {what} and {skipped} skipped, of {total}")
+    if not used:
         raise UserError(f"{work.dataset.root}: {work.split} has no row that can be used")
-    rows = np.concatenate([part.rows for part in found])
-    if (np.diff(rows) <= 0).any() or len(rows) + skipped != total:
-        raise RunFailed(f"{len(rows)} rows were {what} and {skipped} skipped, of {total}")
-    return found, skipped
+
+
+def _dealt(parts: Sequence[Part]) -> int:
+    return sum(len(part.rows) + part.skipped for part in parts)
 
 
 def row_ranges(groups: Sequence[int]) -> list[range]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +151,12 @@ def test_bash_completes_commands_options_and_values(
     text = capsys.readouterr().out + script
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == (completed, "")
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh here")
+def test_zsh_takes_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "zsh"]) == 0
+    script = "autoload -U compinit; compinit -u -D\n" + capsys.readouterr().out
+    script += "print -r -- $_comps[towers]"
+    done = subprocess.run(["zsh", "-f", "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout.strip(), done.stderr) == ("_bash_complete -o default -F _towers", "")

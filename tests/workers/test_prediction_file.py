@@ -17,6 +17,7 @@ from datasets.augmentation import ten_crops
 from datasets.drawn import draw
 from datasets.images import decode, encode
 from datasets.shards import open_dataset, write_manifest, write_split
+from workers import prediction_file
 from workers.cli import main
 from workers.prediction_file import predict_rows
 from workers.trained import open_trained
@@ -67,6 +68,20 @@ def test_every_row_is_there_as_the_network_sees_it(
         for name, chance in zip(classes, chances, strict=True):
             number = network.classes.names.index(name)
             assert chance == pytest.approx(expected[number].item(), rel=1e-5)
+
+
+def test_rows_are_written_as_they_come(
+    trained: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction_file, "GROUP", 100)
+    fsspec.filesystem("memory").put(data, "/grouped", recursive=True)
+    file = tmp_path / "p.parquet"
+    assert predict_rows(str(trained / "run"), "memory://grouped", str(file))["rows"] == ROWS
+    assert list(tmp_path.iterdir()) == [file]
+    found = pq.ParquetFile(file)
+    # Batches of 64 rows at most, of ranges of 270 and 30.
+    assert [found.metadata.row_group(n).num_rows for n in range(3)] == [128, 128, 44]
+    assert found.read()["row"].to_pylist() == list(range(ROWS))
 
 
 @pytest.fixture
