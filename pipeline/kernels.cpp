@@ -34,12 +34,12 @@ inline void put(float x, Half& to) {
     to.bits = x == x ? uint16_t(even) : uint16_t(0x7FC0);
 }
 
-// Normalisation across neighbouring maps, beta 3/4. A row is the maps of one column at one position;
+// Normalisation across neighbouring maps, beta 1/2, 3/4 or 1. A row is the maps of one column at one position;
 // rows lie end to end. `rectify` applies ReLU to what is read, so that the tensor before ReLU is all
 // that must be kept.
 
 struct Norm {
-    int maps, size, rectify;
+    int maps, size, rectify, quarters;  // of beta: 2, 3 or 4
     float k, alpha;
 };
 
@@ -61,7 +61,7 @@ inline float read(T x, const Norm& norm) {
     return norm.rectify && a < 0 ? 0.0f : a;  // not-a-number stays
 }
 
-// s^-3/4 and 1/s for s = k + alpha * (sum of squares near each map).
+// s^-beta and 1/s for s = k + alpha * (sum of squares near each map).
 template <int SIZE, class T>
 inline void powers(const T* x, int rows, const Norm& norm, Block& block) {
     const int maps = norm.maps, step = maps + EDGE;
@@ -76,8 +76,9 @@ inline void powers(const T* x, int rows, const Norm& norm, Block& block) {
         const float* first = block.near + r * step + EDGE - norm.size / 2;
         for (int i = 0; i < maps; i++) {
             float s = norm.k + norm.alpha * window<SIZE>(first + i, norm.size);
-            float root = 1.0f / std::sqrt(s);
-            block.power[r * maps + i] = root * std::sqrt(root);
+            float root = 1.0f / std::sqrt(s), more = std::sqrt(root);
+            more = norm.quarters == 3 ? more : norm.quarters == 4 ? root : 1.0f;
+            block.power[r * maps + i] = root * more;
             block.inverse[r * maps + i] = root * root;
         }
     }
@@ -89,7 +90,7 @@ void forward(const T* x, T* y, int rows, const Norm& norm, Block& block) {
     for (int i = 0; i < rows * norm.maps; i++) put(block.own[i] * block.power[i], y[i]);
 }
 
-// dL/da_i = g_i s_i^-3/4 - 3/2 alpha a_i * sum over j near i of g_j a_j s_j^-7/4
+// dL/da_i = g_i s_i^-b - 2 alpha b a_i * sum over j near i of g_j a_j s_j^(-b-1)
 template <int SIZE, class T>
 void backward(const T* x, const T* grad, T* out, int rows, const Norm& norm, Block& block) {
     const int maps = norm.maps, step = maps + EDGE;
@@ -101,7 +102,7 @@ void backward(const T* x, const T* grad, T* out, int rows, const Norm& norm, Blo
             block.near[r * step + EDGE + i] = block.inverse[at] * block.power[at] * block.own[at];
         }
     }
-    const float factor = 1.5f * norm.alpha;
+    const float factor = 0.5f * float(norm.quarters) * norm.alpha;
     for (int r = 0; r < rows; r++) {
         const float* first = block.near + r * step + EDGE - norm.size / 2;
         for (int i = 0; i < maps; i++) {
@@ -208,8 +209,8 @@ extern "C" {
 
 // `grad` null: out = the normalised x; else out = dL/dx.
 void lrn(const void* x, const void* grad, void* out, int64_t rows, int maps, int size,
-         float k, float alpha, int rectify, int half, int threads) {
-    const Norm norm{maps, size, rectify, k, alpha};
+         float k, float alpha, int quarters, int rectify, int half, int threads) {
+    const Norm norm{maps, size, rectify, quarters, k, alpha};
     if (half) all((const Half*)x, (const Half*)grad, (Half*)out, rows, norm, threads);
     else all((const float*)x, (const float*)grad, (float*)out, rows, norm, threads);
 }

@@ -26,7 +26,7 @@ _SECONDS = 120  # a compiler that needs more is stuck
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _FUNCTIONS = {
-    "lrn": [_POINTER] * 3 + [_LONG] + [_INT] * 2 + [_FLOAT] * 2 + [_INT] * 3,
+    "lrn": [_POINTER] * 3 + [_LONG] + [_INT] * 2 + [_FLOAT] * 2 + [_INT] * 4,
     "pool_forward": [_POINTER] * 3 + [_LONG, _POINTER, _INT, _INT],
     "pool_backward": [_POINTER] * 3 + [_LONG, _POINTER, _INT, _INT],
 }

@@ -73,7 +73,7 @@ def _compiled(
     """Whether compiled code took it: the forward pass, or with `grad` the backward one."""
     maps, window = x.shape[1] // columns, norm.size // 2 * 2 + 1
     kernels = native.kernels(x)
-    if kernels is None or norm.beta != 0.75 or maps > native.MOST or window > 33:
+    if kernels is None or norm.beta not in (0.5, 0.75, 1.0) or maps > native.MOST or window > 33:
         return False
     kernels.lrn(
         x.data_ptr(),
@@ -84,6 +84,7 @@ def _compiled(
         window,
         norm.k,
         norm.alpha,
+        round(4 * norm.beta),
         rectify,
         x.dtype == torch.bfloat16,
         torch.get_num_threads(),

@@ -131,13 +131,20 @@ compiled = pytest.mark.skipif(bool(native.missing()), reason=native.missing())
     st.integers(1, 70) | st.just(512),
     st.sampled_from([1, 2]),
     st.booleans(),
+    st.sampled_from([0.5, 0.75, 1.0]),
     st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_compiled_code_is_the_same_mathematics(
-    dtype: torch.dtype, size: int, each: int, columns: int, rectify: bool, seed: int
+    dtype: torch.dtype,
+    size: int,
+    each: int,
+    columns: int,
+    rectify: bool,
+    beta: float,
+    seed: int,
 ) -> None:
-    norm = Norm(size, alpha=0.1)
+    norm = Norm(size, alpha=0.1, beta=beta)
     x = noise(3, each * columns, 3, 2, seed=seed).to(dtype)
     got = results(x, norm, columns, rectify)
     want = results(x, norm, columns, rectify, torch.float64)
