@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
         print(f"towers: a store failed, again and again: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("towers: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(f"towers: interrupted{args.again and f'; {args.again}'}", file=sys.stderr)
         return 1
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 from ray._private import services, worker
@@ -38,10 +41,27 @@ def connected() -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"no Ray cluster at {address}: {reason}") from None
     try:
-        with _kept():
+        with _interruptible(), _kept():
             yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within it SIGTERM is a KeyboardInterrupt. Ray would end the process with a stack trace."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

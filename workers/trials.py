@@ -237,7 +237,10 @@ def _told(result: Any) -> Trial:
 
 
 def _silence() -> None:
-    """Of Tune's own output, which comes beside ours."""
+    """Of Tune's own output, which comes beside ours, and its own answer to an interrupt: it would
+    end as if all trials were done.
+    """
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"

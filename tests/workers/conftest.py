@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import ray
-from ray._private import worker
 
+from benchmarks.chaos import below
 from datasets.drawn import draw, write_drawn
 from datasets.images import encode
 from datasets.shards import write_manifest, write_split
@@ -44,20 +43,21 @@ def large_shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-@contextmanager
-def small_ray() -> Iterator[None]:
-    if ray.is_initialized():  # as a test's module has asked for it first
-        yield
-        return
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+def small_ray() -> None:
+    """Ray in this process, unless there is one: as a module before left it, or asked for it."""
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with small_ray():
-        yield
+def cluster() -> None:
+    small_ray()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _end() -> Iterator[None]:
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -73,15 +73,15 @@ def trained(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         def evaluation(self, report: dict) -> None:
             if not self.killed:
                 self.killed = True
-                kill(own_processes("ray::TowerActor")[:1])
+                kill(processes_below("ray::TowerActor")[:1])
 
     given = {"network": "alexnet-mini", "shards": shards}
-    with small_ray():
-        more = {"batch": 64, "epochs": 2, "augmenters": "1:2", "run": f"{folder}/run"}
-        train(configure({**given, **more}), progress=Killer())
-        export(f"{folder}/run", f"{folder}/w.safetensors", 3)
-        import_(f"{folder}/w.safetensors", f"{folder}/other", given)
-        evaluate([f"{folder}/run", f"{folder}/other"], weights=[3, 1])
+    small_ray()
+    more = {"batch": 64, "epochs": 2, "augmenters": "1:2", "run": f"{folder}/run"}
+    train(configure({**given, **more}), progress=Killer())
+    export(f"{folder}/run", f"{folder}/w.safetensors", 3)
+    import_(f"{folder}/w.safetensors", f"{folder}/other", given)
+    evaluate([f"{folder}/run", f"{folder}/other"], weights=[3, 1])
     return folder
 
 
@@ -91,38 +91,19 @@ def kill(processes: list[int]) -> None:
         os.kill(process, signal.SIGKILL)
 
 
-def own_processes(title: str) -> list[int]:
-    """The ids of the workers of this process's own Ray that have a title, such as "ray::IDLE"."""
-    raylet = worker._global_node.all_processes["raylet"][0].process.pid
-    found = []
-    for thread in Path(f"/proc/{raylet}/task").iterdir():
-        for child in (thread / "children").read_text().split():
-            try:
-                if Path(f"/proc/{child}/cmdline").read_bytes().startswith(title.encode()):
-                    found.append(int(child))
-            except OSError:  # it ended meanwhile
-                continue
-    return sorted(found)
+def processes_below(title: str) -> list[int]:
+    """The ids of this process's descendants, those of its Ray among them, that have a title such as
+    "ray::TowerActor".
+    """
+    return sorted(n for n, (_, line) in below(os.getpid()).items() if line.startswith(title))
 
 
 @pytest.fixture(scope="session")
 def kill_own() -> Callable[[str], None]:
-    """Kills the workers of this process's own Ray that have a title; there must be one."""
-    return lambda title: kill(own_processes(title))
+    """Kills the processes below this one that have a title; there must be one."""
+    return lambda title: kill(processes_below(title))
 
 
 @pytest.fixture(scope="session")
 def processes() -> Callable[[str], list[int]]:
-    """Tells the ids of this machine's processes that have a title, such as "ray::TowerActor"."""
-
-    def find(title: str) -> list[int]:
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if folder.joinpath("cmdline").read_bytes().startswith(title.encode()):
-                    found.append(int(folder.name))
-            except OSError:  # it ended meanwhile
-                continue
-        return sorted(found)
-
-    return find
+    return processes_below

@@ -10,14 +10,14 @@ from pathlib import Path
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 
 
-def test_kills_at_random_moments_change_nothing() -> None:
-    """One of each of these, the first of them while a checkpoint is written."""
-    options = ["--kills", "2", "--kinds", "supervisor,tower", "--seed", "1", "--json"]
+def test_a_kill_at_a_random_moment_changes_nothing() -> None:
+    """Of the supervisor; the other kinds have tests of their own."""
+    options = ["--kills", "1", "--kinds", "supervisor", "--seed", "1", "--json"]
     done = subprocess.run(
         [sys.executable, PROGRAM, *options], capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["equal"]
-    assert [kill["kind"] for kill in found["kills"]] == ["supervisor", "tower"]
-    assert found["restarts"] == 2
+    assert [kill["kind"] for kill in found["kills"]] == ["supervisor"]
+    assert found["restarts"] == 1

@@ -223,7 +223,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Failing]:
 
 
 @pytest.fixture
-def ray_of_the_store(cluster: None, store: Failing) -> Iterator[None]:
+def ray_of_the_store(store: Failing) -> Iterator[None]:
     """A Ray whose workers know the store: they have the environment that they are started in."""
     import ray
 
@@ -231,7 +231,15 @@ def ray_of_the_store(cluster: None, store: Failing) -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+
+
+def test_a_store_that_goes_on_failing_is_named(
+    cluster: None, store: Failing, source: str, tmp_path: Path
+) -> None:
+    fsspec.filesystem("s3").put(source, "bucket/source/shapes.tar")
+    store.share = 1.0
+    with pytest.raises(DataError, match=r"s3://bucket/source/shapes\.tar: the store failed, again"):
+        prepare("s3://bucket/source/shapes.tar", f"{tmp_path}/shards", SMALL)
 
 
 def test_a_store_that_fails_now_and_then(
@@ -250,12 +258,3 @@ def test_a_store_that_fails_now_and_then(
     assert stored.keys() == there.keys()
     assert all(stored[name] == there[name] for name in there if name.endswith(".parquet"))
     assert validate("s3://bucket/shards")["faults"] == 0
-
-
-def test_a_store_that_goes_on_failing_is_named(
-    ray_of_the_store: None, store: Failing, source: str, tmp_path: Path
-) -> None:
-    fsspec.filesystem("s3").put(source, "bucket/source/shapes.tar")
-    store.share = 1.0
-    with pytest.raises(DataError, match=r"s3://bucket/source/shapes\.tar: the store failed, again"):
-        prepare("s3://bucket/source/shapes.tar", f"{tmp_path}/shards", SMALL)

@@ -21,9 +21,17 @@ VARIANTS = (
 
 
 def command(
-    commands: Any, name: str, text: str, example: str, run: Callable[[argparse.Namespace], int]
+    commands: Any,
+    name: str,
+    text: str,
+    example: str,
+    run: Callable[[argparse.Namespace], int],
+    again: str = "",
 ) -> argparse.ArgumentParser:
-    """Adds a command that `run` does; options that are not given are absent from its arguments."""
+    """Adds a command that `run` does; options that are not given are absent from its arguments.
+
+    `again`: what goes on with its work when it was interrupted.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
@@ -32,7 +40,7 @@ def command(
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--json", action="store_true", help="Print one JSON object at the end.")
-    parser.set_defaults(run_command=run)
+    parser.set_defaults(run_command=run, again=again)
     return parser
 
 

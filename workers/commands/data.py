@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from datasets import DataError
@@ -21,6 +20,7 @@ def add(commands: Any) -> None:
         "make shards of labelled images",
         "towers prepare ILSVRC2012_img_train.tar s3://bucket/imagenet --split train",
         _prepare,
+        again="the same command goes on where it stopped",
     )
     prepare.add_argument(
         "source",
@@ -70,9 +70,6 @@ def _prepare(args: argparse.Namespace) -> int:
             synsets=given.get("synsets"),
             workers=count(given.get("workers")),
         )
-    except KeyboardInterrupt:
-        print("towers: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 1
     except DataError:
         raise
     except ValueError as error:

@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
         "search for the best settings, many runs side by side",
         "towers tune CIFAR10 --network cifar --minutes 30",
         _tune,
+        again="--resume goes on",
     )
     tune.add_argument("shards", nargs="?", metavar="SHARDS", help=help_of("shards"))
     tune.add_argument("--space", metavar="FILE", help="TOML file of what may be chosen from what.")
@@ -56,6 +57,7 @@ def add(commands: Any) -> None:
         "show the paper's claims by experiments, beside its figures",
         "towers claims --data CIFAR10 --images 10000 --run claims",
         _claims,
+        again="the same command goes on",
     )
     claims.add_argument(
         "--only", action="append", metavar="NAME", help="This claim; may be said again. [all]"
@@ -89,7 +91,7 @@ def _tune(args: argparse.Namespace) -> int:
         if not folder:
             raise UserError("--resume needs --run RUN, the search to go on with")
         for name in vars(args):
-            if name not in ("run", "resume", "json", "run_command", "guard"):
+            if name not in ("run", "resume", "json", "run_command", "again", "guard"):
                 raise UserError(f"{name} has no effect with --resume: RUN holds the search")
         from workers.search import search
 

@@ -24,6 +24,7 @@ def add(commands: Any) -> None:
         "train a network",
         "towers train SHARDS --network alexnet --augmenters 2:16",
         _train,
+        again="--resume goes on from the last checkpoint",
     )
     train.add_argument("shards", nargs="?", metavar="SHARDS", help=help_of("shards"))
     train.add_argument("--config", metavar="FILE", help="TOML file of these options.")
