@@ -44,7 +44,7 @@ def start(**environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_cluster_that_was_killed_is_not_looked_for_and_sigterm_ends_one_in_order(nobody: str) -> None:
+def test_a_cluster_that_was_killed_is_not_looked_for_and_ours_ends_in_order(nobody: str) -> None:
     # Short, because Ray keeps its sockets below it.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         (Path(folder) / "ray").mkdir()

@@ -16,6 +16,7 @@ from datasets.drawn import CLASSES, write_drawn
 from datasets.images import decode
 from datasets.rows import Rows
 from datasets.shards import open_dataset
+from workers import neighbours as module
 from workers.cli import main
 from workers.config import UserError
 from workers.neighbours import neighbours
@@ -65,6 +66,20 @@ def test_the_nearest_are_those_of_the_features(
         # The first of a line is the image, the second, the same image, its nearest.
         first, second = (picture.crop((left, 8, left + 144, 152)) for left in (8, 176))
         assert np.abs(np.int16(first) - np.int16(second)).max() == 0
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_large_index_is_searched_by_the_cluster(
+    run: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = f"{tmp_path}/a.png"
+    Image.new("RGB", (80, 60), "red").save(image)
+    with monkeypatch.context() as large:
+        large.setattr(module, "SMALL", 0)
+        spread = neighbours(run, [image], data=shards)
+    monkeypatch.setattr(module, "connected", None)  # here it needs no Ray
+    assert neighbours(run, [image], data=shards) == spread
+    assert len(spread["images"][0]["neighbours"]) == 5
 
 
 def test_the_index_is_kept_until_checkpoint_or_rows_are_others(
