@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datasets.images import MAX_BYTES
-from datasets.layout import Dataset, passing, persistent, storage
+from datasets.layout import Dataset, passing, persistent, said, storage
 from datasets.rows import Rows
 
 _BATCH_BYTES = 32 << 20
@@ -71,6 +71,8 @@ def _ranges(entries: Sequence[Entry]) -> Iterator[bytes | str]:
             [bounds[e][0] for e in asked],
             [bounds[e][1] for e in asked],
             on_error="return",
+            # Else a store that is not asked all at once is read megabytes ahead.
+            **({} if fs.async_impl else {"cache_type": "none"}),
         )
         for found in got:
             if isinstance(found, Exception) and passing(found):
@@ -93,7 +95,7 @@ def _checked(entry: Entry, data: bytes | Exception | None) -> bytes | str:
     if isinstance(data, FileNotFoundError):
         return f"{what}: no such file {entry.file}; correct the list or add the file"
     if isinstance(data, Exception):
-        return f"{what}: {entry.file} cannot be read ({data}); correct the source"
+        return f"{what}: {entry.file} cannot be read ({said(data)}); correct the source"
     if data is None or len(data) > MAX_BYTES:
         return f"{what}: more than {MAX_BYTES >> 20} MiB; is it an image?"
     if entry.packed >= 0:

@@ -164,6 +164,7 @@ def test_what_was_prepared_is_valid_until_it_is_damaged(
         (["SOURCE", "out", "--labels", "none.txt"], "none.txt: no such file"),
         (["SOURCE", "SOURCE"], "cannot be written"),
         (["gs+nothing://x", "out"], "Protocol not known"),
+        (["abfs://container/x", "out"], "abfs://container/x: Install adlfs to access"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(
