@@ -64,10 +64,11 @@ def _ranges(entries: Sequence[Entry]) -> Iterator[bytes | str]:
     fs, _ = storage(entries[0].file)
     asked = [e for e in entries if max(e.length, e.packed) <= MAX_BYTES]
     bounds = {e: _bounds(e) for e in asked}
+    paths = {file: storage(file)[1] for file in {e.file for e in asked}}
 
     def get() -> list[bytes | Exception]:
         got: list[bytes | Exception] = fs.cat_ranges(
-            [storage(e.file)[1] for e in asked],
+            [paths[e.file] for e in asked],
             [bounds[e][0] for e in asked],
             [bounds[e][1] for e in asked],
             on_error="return",

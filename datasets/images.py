@@ -75,7 +75,8 @@ def standard(data: bytes, place: str, size: int, quality: int) -> tuple[bytes, P
     One that has that size already stays as it is, else it is fitted and encoded with `quality`.
     Raises DataError, naming `place`, if it does not decode.
     """
-    image = _rgb(data, place)
+    pixels = _plain_jpeg(data)
+    image = _rgb(data, place) if pixels is None else Image.fromarray(pixels)
     if image.size == (size, size):
         return data, np.asarray(image)
     image = fit(image, size)
