@@ -7,7 +7,7 @@ import io
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -114,13 +114,13 @@ def existing(url: str) -> tuple[Any, str]:
     try:
         fs.info(path)  # some stores' `exists` takes every failure for a no
     except (FileNotFoundError, NotADirectoryError) as error:
-        why = "" if error.errno else said(error).removeprefix(path)
+        _, _, why = said(error).partition(f"{path} ")  # the hub's says more than the path
         if (cause := error.__cause__) and not why:
             if passing(cause):
                 raise cause from None
             if refused(cause):
                 raise _unreadable(url, cause) from error
-        raise DataError(f"{url}: no such file or folder{why}") from error
+        raise DataError(f"{url}: no such file or folder{why and ' '}{why}") from error
     except ValueError as error:
         raise DataError(f"{url}: {said(error)}") from error
     except Exception as error:
@@ -135,11 +135,51 @@ def address(fs: Any, path: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
 
+_OBJECT_STORES = {"s3", "gs", "abfs", "memory"}
+"""Stores, by fsspec's names, that show an upload once it is complete, and rename by copying."""
+
+
+@contextmanager
+def whole(fs: Any, path: str, partial: str) -> Iterator[Any]:
+    """A file of `fs` to write to, which is at `path` once the block has ended well, else nowhere.
+
+    `partial` is where it grows meanwhile, unless the store keeps what is incomplete to itself.
+    """
+    if _is_object_store(fs):
+        file = fs.open(path, "wb", autocommit=False)
+        try:
+            yield file
+            file.close()
+            file.commit()
+        except BaseException:
+            with suppress(Exception):  # what broke off says more than what follows from it
+                file.close()
+            with suppress(Exception):
+                file.discard()
+            raise
+        return
+    try:
+        with fs.open(partial, "wb") as file:
+            yield file
+        fs.mv(partial, path)
+    except BaseException:
+        if fs.exists(partial):
+            fs.rm_file(partial)
+        raise
+
+
 def write_whole(fs: Any, path: str, data: bytes) -> None:
     """Writes a file of `fs`, complete or not at all."""
-    partial = f"{path}.{uuid.uuid4().hex}.partial"
-    fs.pipe_file(partial, data)
-    fs.mv(partial, path)
+    if _is_object_store(fs):
+        fs.pipe_file(path, data)
+        return
+    with whole(fs, path, f"{path}.{uuid.uuid4().hex}.partial") as file:
+        file.write(data)
+
+
+def _is_object_store(fs: Any) -> bool:
+    names = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return not _OBJECT_STORES.isdisjoint(names)
 
 
 def said(error: BaseException) -> str:
