@@ -223,11 +223,11 @@ def passing(error: BaseException) -> bool:
     """Whether it may not happen again: what networks raise, not what a local file does."""
     if status := _status(error):
         return status >= 500 or status in (408, 429)
-    if isinstance(error, (TimeoutError, ConnectionError)):
+    if type(error).__module__.split(".")[0] in _NETWORKS:
         return True
-    if isinstance(error, OSError):
-        return error.errno in _TRIED
-    return type(error).__module__.split(".")[0] in _NETWORKS
+    if isinstance(error, OSError) and error.errno in _TRIED:
+        return True
+    return isinstance(error, (TimeoutError, ConnectionError))
 
 
 _NETWORKS = ("aiohttp", "botocore", "urllib3", "requests", "httpx", "httpx2")

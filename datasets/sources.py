@@ -241,8 +241,9 @@ def _files(source: Source, part: Part) -> Iterator[Found]:
     _, root = storage(source.url)
     found = fs.find(path, detail=True)
     for name in sorted(found):
-        inside = name.removeprefix(root).strip("/")
-        yield address(fs, name), Member(inside, 0, found[name]["size"]), None
+        inside, size = name.removeprefix(root).strip("/"), found[name]["size"]
+        # A list of links on a web server has no sizes.
+        yield address(fs, name), Member(inside, 0, -1 if size is None else size), None
 
 
 def _members(source: Source, part: Part) -> Iterator[Found]:
