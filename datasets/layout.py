@@ -140,10 +140,10 @@ _OBJECT_STORES = {"s3", "gs", "abfs", "memory"}
 
 
 @contextmanager
-def whole(fs: Any, path: str, partial: str) -> Iterator[Any]:
+def whole(fs: Any, path: str, folder: str) -> Iterator[Any]:
     """A file of `fs` to write to, which is at `path` once the block has ended well, else nowhere.
 
-    `partial` is where it grows meanwhile, unless the store keeps what is incomplete to itself.
+    It grows in `folder`, unless the store keeps what is incomplete to itself.
     """
     if _is_object_store(fs):
         file = fs.open(path, "wb", autocommit=False)
@@ -158,6 +158,7 @@ def whole(fs: Any, path: str, partial: str) -> Iterator[Any]:
                 file.discard()
             raise
         return
+    partial = f"{folder}/{uuid.uuid4().hex}.partial"
     try:
         with fs.open(partial, "wb") as file:
             yield file
@@ -173,7 +174,7 @@ def write_whole(fs: Any, path: str, data: bytes) -> None:
     if _is_object_store(fs):
         fs.pipe_file(path, data)
         return
-    with whole(fs, path, f"{path}.{uuid.uuid4().hex}.partial") as file:
+    with whole(fs, path, path.rpartition("/")[0]) as file:
         file.write(data)
 
 

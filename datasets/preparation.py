@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -27,7 +26,6 @@ from datasets.images import decode, standard
 from datasets.layout import (
     Dataset,
     Shard,
-    address,
     parquet,
     persistent,
     storage,
@@ -185,10 +183,9 @@ def make_shard(plan: Preparation, split: str, number: int) -> Iterator[int]:
                 sums.add(pixels)
             yield stored, entry.name.rpartition("/")[2], entry.label
 
-    partial = f"{root}/{WORK}/{split}-{number:05d}-{uuid.uuid4().hex}.partial"
     groups: list[int] = []
     try:
-        with whole(fs, f"{root}/{plan.name(split, number)}", partial) as file:
+        with whole(fs, f"{root}/{plan.name(split, number)}", f"{root}/{WORK}") as file:
             rows = row_groups(records(), split, plan.classes, plan.group_rows)
             for count in write_shard(file, plan.classes, rows):
                 groups.append(count)
@@ -242,8 +239,7 @@ def finish(plan: Preparation) -> dict[str, Any]:
             made = finished(plan, split, number)
             if made is None:
                 raise DataError(f"{plan.url}: {plan.name(split, number)} is gone; prepare again")
-            path = address(fs, f"{root}/{plan.name(split, number)}")
-            splits[split].append(Shard(path, made.groups))
+            splits[split].append(Shard(f"{root}/{plan.name(split, number)}", made.groups))
             for fault in made.faults:
                 reason = fault.partition(": ")[2].partition("(")[0].partition(";")[0].strip()
                 skipped[reason] = skipped.get(reason, 0) + 1

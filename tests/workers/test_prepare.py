@@ -260,7 +260,7 @@ def test_a_store_that_fails_now_and_then(
 def test_an_upload_that_breaks_off_leaves_nothing(store: Failing) -> None:
     fs = fsspec.filesystem("s3")
     for broken in (True, False):
-        with suppress(InterruptedError), whole(fs, "bucket/large", "unused") as file:
+        with suppress(InterruptedError), whole(fs, "bucket/large", "bucket") as file:
             file.write(bytes(fs.default_block_size + 1))  # so that a part of it is there already
             assert fs.call_s3("list_multipart_uploads", Bucket="bucket")["Uploads"]
             if broken:
