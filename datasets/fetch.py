@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from datasets.images import MAX_BYTES
-from datasets.layout import Dataset, passing, persistent, storage
+from datasets.layout import Dataset, passing, persistent, said, storage
 from datasets.rows import Rows
 
 _BATCH_BYTES = 32 << 20
@@ -61,25 +62,34 @@ def _rows(entries: Sequence[Entry], rows: Rows) -> Iterator[bytes | str]:
 
 
 def _ranges(entries: Sequence[Entry]) -> Iterator[bytes | str]:
-    fs, _ = storage(entries[0].file)
-    asked = [e for e in entries if max(e.length, e.packed) <= MAX_BYTES]
-    bounds = {e: _bounds(e) for e in asked}
+    got: list[bytes | Exception | None] = [None] * len(entries)
+    places = {file: storage(file) for file in {e.file for e in entries}}
+    small = [n for n, e in enumerate(entries) if max(e.length, e.packed) <= MAX_BYTES]
+    for fs in {places[entries[n].file][0] for n in small}:  # a list may name several stores
+        asked = [n for n in small if places[entries[n].file][0] == fs]
+        paths = [places[entries[n].file][1] for n in asked]
+        bounds = [_bounds(entries[n]) for n in asked]
+        found = persistent(entries[asked[0]].file, partial(_get, fs, paths, bounds))
+        for n, result in zip(asked, found, strict=True):
+            got[n] = result
+    for n, entry in enumerate(entries):
+        data, got[n] = got[n], None
+        yield _checked(entry, data)
 
-    def get() -> list[bytes | Exception]:
-        got: list[bytes | Exception] = fs.cat_ranges(
-            [storage(e.file)[1] for e in asked],
-            [bounds[e][0] for e in asked],
-            [bounds[e][1] for e in asked],
-            on_error="return",
-        )
-        for found in got:
-            if isinstance(found, Exception) and passing(found):
-                raise found
-        return got
 
-    got = dict(zip(asked, persistent(entries[0].file, get), strict=True)) if asked else {}
-    for entry in entries:
-        yield _checked(entry, got.pop(entry, None))
+def _get(fs: Any, paths: list[str], bounds: list[tuple[int, int]]) -> list[bytes | Exception]:
+    got: list[bytes | Exception] = fs.cat_ranges(
+        paths,
+        [start for start, _ in bounds],
+        [stop for _, stop in bounds],
+        on_error="return",
+        # Else a store that is not asked all at once is read megabytes ahead.
+        **({} if fs.async_impl else {"cache_type": "none"}),
+    )
+    for found in got:
+        if isinstance(found, Exception) and passing(found):
+            raise found
+    return got
 
 
 def _bounds(entry: Entry) -> tuple[int, int]:
@@ -93,7 +103,7 @@ def _checked(entry: Entry, data: bytes | Exception | None) -> bytes | str:
     if isinstance(data, FileNotFoundError):
         return f"{what}: no such file {entry.file}; correct the list or add the file"
     if isinstance(data, Exception):
-        return f"{what}: {entry.file} cannot be read ({data}); correct the source"
+        return f"{what}: {entry.file} cannot be read ({said(data)}); correct the source"
     if data is None or len(data) > MAX_BYTES:
         return f"{what}: more than {MAX_BYTES >> 20} MiB; is it an image?"
     if entry.packed >= 0:

@@ -75,7 +75,8 @@ def standard(data: bytes, place: str, size: int, quality: int) -> tuple[bytes, P
     One that has that size already stays as it is, else it is fitted and encoded with `quality`.
     Raises DataError, naming `place`, if it does not decode.
     """
-    image = _rgb(data, place)
+    pixels = _plain_jpeg(data, comments=False)  # which Pillow would write again
+    image = _rgb(data, place) if pixels is None else Image.fromarray(pixels)
     if image.size == (size, size):
         return data, np.asarray(image)
     image = fit(image, size)
@@ -93,14 +94,17 @@ def _jpeg(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _plain_jpeg(data: bytes) -> Pixels | None:
-    """An upright JPEG in colour or grey, uint8 [H, W, 3]; None for all else and what is damaged.
+def _plain_jpeg(data: bytes, *, comments: bool = True) -> Pixels | None:
+    """An upright JPEG in colour or grey, uint8 [H, W, 3]; None for all else, for what is damaged
+    and, without `comments`, for one that has some.
 
     simplejpeg decodes these to the very bits that Pillow does, in less time. Of the rest Pillow
     knows what to do or to say.
     """
     try:
-        if data[:2] != b"\xff\xd8" or _has_exif(data):
+        if data[:2] != b"\xff\xd8" or _has(data, _APP1, b"Exif"):
+            return None
+        if not comments and _has(data, _COMMENT):
             return None
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         if space not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
@@ -111,19 +115,20 @@ def _plain_jpeg(data: bytes) -> Pixels | None:
         return None
 
 
-def _has_exif(data: bytes) -> bool:
-    """Whether a JPEG tells of the camera. Raises IndexError where its segments are not in order."""
+def _has(data: bytes, marker: int, start: bytes = b"") -> bool:
+    """Whether a JPEG has such a segment. Raises IndexError where its segments are not in order."""
     at = 2
     while data[at + 1] != _SCAN:
         if data[at] != 0xFF:
             raise IndexError
-        if data[at + 1] == _APP1 and data[at + 4 : at + 8] == b"Exif":
+        if data[at + 1] == marker and data.startswith(start, at + 4):
             return True
         at += 2 + int.from_bytes(data[at + 2 : at + 4])
     return False
 
 
-_APP1, _SCAN = 0xE1, 0xDA  # markers of a JPEG's segments: where EXIF is, where pixels begin
+# Markers of a JPEG's segments: where EXIF is, where words are, where pixels begin.
+_APP1, _COMMENT, _SCAN = 0xE1, 0xFE, 0xDA
 
 
 def _rgb(data: bytes, place: str) -> Image.Image:

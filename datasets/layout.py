@@ -7,7 +7,7 @@ import io
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -105,16 +105,82 @@ def storage(url: str) -> tuple[Any, str]:
     return fs, str(path).rstrip("/")
 
 
+def existing(url: str) -> tuple[Any, str]:
+    """`storage` of a URL at which there is something.
+
+    Raises DataError, saying why, if there is nothing or if it may not be seen.
+    """
+    fs, path = storage(url)
+    try:
+        fs.info(path)  # some stores' `exists` takes every failure for a no
+    except (FileNotFoundError, NotADirectoryError) as error:
+        _, _, why = said(error).partition(f"{path} ")  # the hub's says more than the path
+        if (cause := error.__cause__) and not why:
+            if passing(cause):
+                raise cause from None
+            if refused(cause):
+                raise _unreadable(url, cause) from error
+        raise DataError(f"{url}: no such file or folder{why and ' '}{why}") from error
+    except ValueError as error:
+        raise DataError(f"{url}: {said(error)}") from error
+    except Exception as error:
+        if refused(error):
+            raise _unreadable(url, error) from error
+        raise
+    return fs, path
+
+
 def address(fs: Any, path: str) -> str:
     """What `fsspec.open` takes for a path of `fs`."""
     return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
 
+_OBJECT_STORES = {"s3", "gs", "abfs", "memory"}
+"""Stores, by fsspec's names, that show an upload once it is complete, and rename by copying."""
+
+
+@contextmanager
+def whole(fs: Any, path: str, folder: str) -> Iterator[Any]:
+    """A file of `fs` to write to, which is at `path` once the block has ended well, else nowhere.
+
+    It grows in `folder`, unless the store keeps what is incomplete to itself.
+    """
+    if _is_object_store(fs):
+        file = fs.open(path, "wb", autocommit=False)
+        try:
+            yield file
+            file.close()
+            file.commit()
+        except BaseException:
+            with suppress(Exception):  # what broke off says more than what follows from it
+                file.close()
+            with suppress(Exception):
+                file.discard()
+            raise
+        return
+    partial = f"{folder}/{uuid.uuid4().hex}.partial"
+    try:
+        with fs.open(partial, "wb") as file:
+            yield file
+        fs.mv(partial, path)
+    except BaseException:
+        if fs.exists(partial):
+            fs.rm_file(partial)
+        raise
+
+
 def write_whole(fs: Any, path: str, data: bytes) -> None:
     """Writes a file of `fs`, complete or not at all."""
-    partial = f"{path}.{uuid.uuid4().hex}.partial"
-    fs.pipe_file(partial, data)
-    fs.mv(partial, path)
+    if _is_object_store(fs):
+        fs.pipe_file(path, data)
+        return
+    with whole(fs, path, path.rpartition("/")[0]) as file:
+        file.write(data)
+
+
+def _is_object_store(fs: Any) -> bool:
+    names = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return not _OBJECT_STORES.isdisjoint(names)
 
 
 def said(error: BaseException) -> str:
@@ -156,11 +222,31 @@ _TRIED = (errno.EBUSY, errno.EIO)
 
 def passing(error: BaseException) -> bool:
     """Whether it may not happen again: what networks raise, not what a local file does."""
-    if isinstance(error, (TimeoutError, ConnectionError)):
+    if status := _status(error):
+        return status >= 500 or status in (408, 429)
+    if type(error).__module__.split(".")[0] in _NETWORKS:
         return True
-    if isinstance(error, OSError):
-        return error.errno in _TRIED
-    return type(error).__module__.split(".")[0] in ("aiohttp", "botocore", "urllib3", "requests")
+    if isinstance(error, OSError) and error.errno in _TRIED:
+        return True
+    return isinstance(error, (TimeoutError, ConnectionError))
+
+
+_NETWORKS = ("aiohttp", "botocore", "urllib3", "requests", "httpx", "httpx2")
+
+
+def refused(error: BaseException) -> bool:
+    """Whether a store, or a disk, wants other rights than one has."""
+    return isinstance(error, PermissionError) or _status(error) in (401, 403)
+
+
+def _status(error: BaseException) -> int | None:
+    """The status of HTTP that an error tells of, if it does."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status or getattr(error, "status", None)
+
+
+def _unreadable(what: str, error: BaseException) -> DataError:
+    return DataError(f"{what}: may not be read ({said(error)}); check its permissions")
 
 
 @contextmanager
@@ -178,8 +264,10 @@ def opened(url: str, mode: str = "rb", **options: Any) -> Iterator[Any]:
         raise DataError(f"{url}: no such file") from None
     except IsADirectoryError:
         raise DataError(f"{url}: a folder; name a file") from None
-    except PermissionError as error:
-        raise DataError(f"{url}: may not be read ({error}); check its permissions") from None
+    except Exception as error:
+        if refused(error):
+            raise _unreadable(url, error) from None
+        raise
 
 
 @contextmanager
@@ -196,11 +284,11 @@ def parquet(path: str, footer: Any = None) -> Iterator[Any]:
             yield pq.ParquetFile(file, metadata=footer, pre_buffer=True)
     except DataError:
         raise
-    except PermissionError as error:
-        raise DataError(f"{path}: may not be read ({error}); check its permissions") from error
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; copy it there or prepare the data again") from None
     except Exception as error:  # a damaged file raises whatever Arrow stumbled on
+        if refused(error):
+            raise _unreadable(path, error) from error
         if passing(error):
             raise
         reason = said(error).rstrip(".")

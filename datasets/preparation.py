@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -24,7 +23,15 @@ from datasets.assignment import classes_of, codes_of, labels_of, order_of, split
 from datasets.fetch import Entry, entries_of, fetch
 from datasets.foreign import in_order
 from datasets.images import decode, standard
-from datasets.layout import Dataset, Shard, address, parquet, persistent, storage, write_whole
+from datasets.layout import (
+    Dataset,
+    Shard,
+    parquet,
+    persistent,
+    storage,
+    whole,
+    write_whole,
+)
 from datasets.shards import WORK, Encoded, read_manifest, row_groups, write_manifest, write_shard
 from datasets.sources import Source, plain
 from datasets.statistics import Sums
@@ -176,22 +183,16 @@ def make_shard(plan: Preparation, split: str, number: int) -> Iterator[int]:
                 sums.add(pixels)
             yield stored, entry.name.rpartition("/")[2], entry.label
 
-    partial = f"{root}/{WORK}/{split}-{number:05d}-{uuid.uuid4().hex}.partial"
     groups: list[int] = []
     try:
-        with fs.open(partial, "wb") as file:
+        with whole(fs, f"{root}/{plan.name(split, number)}", f"{root}/{WORK}") as file:
             rows = row_groups(records(), split, plan.classes, plan.group_rows)
             for count in write_shard(file, plan.classes, rows):
                 groups.append(count)
                 yield done
-        fs.mv(partial, f"{root}/{plan.name(split, number)}")
         _save_made(plan, split, number, Made(tuple(groups), tuple(faults), sums))
-    except BaseException as error:
-        if fs.exists(partial):
-            fs.rm_file(partial)
-        if isinstance(error, OSError):
-            raise DataError(f"{plan.url}: cannot be written: {error}; free or mend it") from None
-        raise
+    except OSError as error:
+        raise DataError(f"{plan.url}: cannot be written: {error}; free or mend it") from None
     yield len(entries)
 
 
@@ -238,8 +239,7 @@ def finish(plan: Preparation) -> dict[str, Any]:
             made = finished(plan, split, number)
             if made is None:
                 raise DataError(f"{plan.url}: {plan.name(split, number)} is gone; prepare again")
-            path = address(fs, f"{root}/{plan.name(split, number)}")
-            splits[split].append(Shard(path, made.groups))
+            splits[split].append(Shard(f"{root}/{plan.name(split, number)}", made.groups))
             for fault in made.faults:
                 reason = fault.partition(": ")[2].partition("(")[0].partition(";")[0].strip()
                 skipped[reason] = skipped.get(reason, 0) + 1

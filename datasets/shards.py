@@ -19,7 +19,16 @@ import pyarrow.parquet as pq
 
 from datasets import DataError
 from datasets.foreign import columns, numbered_classes, split_files
-from datasets.layout import Dataset, Shard, address, parquet, persistent, storage, write_whole
+from datasets.layout import (
+    Dataset,
+    Shard,
+    address,
+    existing,
+    parquet,
+    persistent,
+    storage,
+    write_whole,
+)
 from datasets.rows import Record, Rows
 
 __all__ = [
@@ -52,10 +61,8 @@ def open_dataset(url: str, *, check: bool = True, labelled: bool = True) -> Data
     no classes. Raises DataError if nothing is there, a file is not Parquet, image or label column
     is missing, or manifest and files disagree (unless `check` is off).
     """
-    fs, root = storage(url)
+    fs, root = existing(url)
     place = address(fs, root)
-    if not fs.exists(root):
-        raise DataError(f"{url}: no such file or folder")
     if fs.isfile(root):
         return _foreign(place, {"train": [place]}, labelled)
     if fs.isfile(f"{root}/{MANIFEST}"):

@@ -14,7 +14,7 @@ from datasets import DataError
 from datasets.archives import Member, tar_members, zip_members
 from datasets.foreign import SPLITS
 from datasets.images import ENDINGS
-from datasets.layout import Dataset, address, opened, parquet, persistent, storage
+from datasets.layout import Dataset, address, existing, opened, parquet, persistent, storage
 from datasets.listing import list_columns, read_list
 from datasets.shards import open_dataset
 
@@ -92,8 +92,7 @@ def _find(url: str) -> Source:
     if "*" in root:
         files = sorted(fs.glob(root))
         return _archives(url, fs, [f for f in files if f.endswith(".tar")])
-    if not fs.exists(root):
-        raise DataError(f"{url}: no such file or folder")
+    fs, root = existing(url)
     if fs.isdir(root):
         return _folder(url, fs, root)
     ending = root.rpartition(".")[2].lower()
@@ -242,8 +241,9 @@ def _files(source: Source, part: Part) -> Iterator[Found]:
     _, root = storage(source.url)
     found = fs.find(path, detail=True)
     for name in sorted(found):
-        inside = name.removeprefix(root).strip("/")
-        yield address(fs, name), Member(inside, 0, found[name]["size"]), None
+        inside, size = name.removeprefix(root).strip("/"), found[name]["size"]
+        # A list of links on a web server has no sizes.
+        yield address(fs, name), Member(inside, 0, -1 if size is None else size), None
 
 
 def _members(source: Source, part: Part) -> Iterator[Found]:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from datasets import DataError
-from datasets.images import decode, encode, fit
+from datasets.images import decode, encode, fit, standard
 
 
 def stored(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -71,6 +71,17 @@ def test_every_kind_of_jpeg_has_pillows_own_bits(mode: str) -> None:
             data = stored(image, "JPEG", quality=90, **kind)
             want = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
             assert decode(data, "x").tolist() == np.asarray(want).tolist(), kind
+
+
+@pytest.mark.parametrize("more", ["nothing", "comment", "icc_profile", "xmp", "exif"])
+def test_a_shards_jpeg_has_pillows_own_bytes(more: str) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    given = {"exif": turned, "nothing": None}.get(more, b"words of some length")
+    data = stored(Image.fromarray(ramp(48, 64)), "JPEG", **({} if given is None else {more: given}))
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    want = stored(fit(image, 16), "JPEG", quality=95)
+    assert standard(data, "x", 16, 95)[0] == want
 
 
 def test_a_jpeg_that_ends_early_is_named() -> None:

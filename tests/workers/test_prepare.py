@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from werkzeug.serving import make_server
 from datasets import DataError
 from datasets.drawn import draw
 from datasets.images import encode
+from datasets.layout import whole
 from datasets.preparation import Options
 from workers.cli import main
 from workers.prepare import prepare
@@ -164,6 +166,7 @@ def test_what_was_prepared_is_valid_until_it_is_damaged(
         (["SOURCE", "out", "--labels", "none.txt"], "none.txt: no such file"),
         (["SOURCE", "SOURCE"], "cannot be written"),
         (["gs+nothing://x", "out"], "Protocol not known"),
+        (["abfs://container/x", "out"], "abfs://container/x: Install adlfs to access"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(
@@ -188,9 +191,10 @@ class Failing:
 
     def __init__(self) -> None:
         self.app = DomainDispatcherApplication(create_backend_app)
-        self.share, self.refused, self.draws = 0.0, 0, random.Random(0)
+        self.share, self.refused, self.copies, self.draws = 0.0, 0, 0, random.Random(0)
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Any:
+        self.copies += "HTTP_X_AMZ_COPY_SOURCE" in environ
         if self.draws.random() < self.share:
             self.refused += 1
             start("503 Slow Down", [("Content-Length", "0")])
@@ -233,6 +237,19 @@ def ray_of_the_store(store: Failing) -> Iterator[None]:
     ray.shutdown()
 
 
+def test_an_upload_that_breaks_off_leaves_nothing(store: Failing) -> None:
+    fs = fsspec.filesystem("s3")
+    for broken in (True, False):
+        with suppress(InterruptedError), whole(fs, "bucket/large", "bucket") as file:
+            file.write(bytes(fs.default_block_size + 1))  # so that a part of it is there already
+            assert fs.call_s3("list_multipart_uploads", Bucket="bucket")["Uploads"]
+            if broken:
+                raise InterruptedError
+        assert "Uploads" not in fs.call_s3("list_multipart_uploads", Bucket="bucket")
+        assert fs.ls("bucket", refresh=True) == ([] if broken else ["bucket/large"])
+    assert fs.size("bucket/large") == fs.default_block_size + 1
+
+
 def test_a_store_that_goes_on_failing_is_named(
     cluster: None, store: Failing, source: str, tmp_path: Path
 ) -> None:
@@ -249,6 +266,7 @@ def test_a_store_that_fails_now_and_then(
     store.share = 0.05
     prepare("s3://bucket/source/shapes.tar", "s3://bucket/shards", SMALL)
     assert store.refused > 5
+    assert store.copies == 0  # a rename would be one
     store.share = 0.0
     fs = fsspec.filesystem("s3")
     fs.invalidate_cache()
