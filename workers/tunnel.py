@@ -20,6 +20,8 @@ import yaml
 from workers.config import UserError
 
 AGAIN = 2.0  # seconds before a tunnel that dropped is opened anew
+# Becomes the command. Whatever ends us closes our end of its pipe, which ends all of its session.
+LEASH = 'exec 3<&0; (read -r _ <&3; kill 0) & exec "$@" 3<&- </dev/null'
 
 
 @contextmanager
@@ -77,14 +79,16 @@ def _free_port() -> int:
 
 
 def _open(file: str, port: int, said: IO[str]) -> subprocess.Popen[str]:
-    """In a session of its own: SSH would take the terminal, and Ctrl-C is ours to handle."""
+    """In a session of its own: SSH would take the terminal, and Ctrl-C is ours to handle. It ends
+    with this process, even if that is killed.
+    """
     said.seek(0)
     said.truncate()
     beside = Path(sys.executable).with_name("ray")
     ray = str(beside) if beside.exists() else shutil.which("ray") or "ray"
     return subprocess.Popen(
-        [ray, "dashboard", f"--port={port}", file],
-        stdin=subprocess.DEVNULL,
+        ["sh", "-c", LEASH, "sh", ray, "dashboard", f"--port={port}", file],
+        stdin=subprocess.PIPE,
         stdout=said,
         stderr=said,
         start_new_session=True,
