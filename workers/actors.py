@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -55,6 +56,8 @@ class Actors:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        with suppress(ray.exceptions.RayError):  # it may be dead
+            ray.get(self.feed.release.remote(), timeout=SECONDS)
         for actor in (self.feed, *self.towers):
             ray.kill(actor)
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.data._internal.execution.interfaces import TaskContext
 from ray.data._internal.logical.interfaces import LogicalPlan
 from ray.data._internal.logical.operators import FromBlocks
@@ -210,6 +211,14 @@ class Watch:
                 self.executor = executor
 
         return Started
+
+    def release(self) -> None:
+        """Takes back what the execution asks Ray's autoscaler for. It would stand for three more
+        minutes if this process were killed.
+        """
+        if self.executor:
+            self.executor._cluster_autoscaler.on_executor_shutdown()
+            ray.get(get_or_create_autoscaling_coordinator().__ray_ready__.remote())  # it has heard
 
     def end(self) -> None:
         """Ends the execution, whatever it waits for."""
