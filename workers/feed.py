@@ -76,8 +76,7 @@ class Feed:
 
     def release(self) -> None:
         """Lets the nodes go that the fleet has asked for; it is not to be used any more."""
-        with self.there:
-            self.watch.release()
+        self.watch.release()
 
     def _begin(self) -> None:
         """A new stream at the first item that is missing, and an end to the one before; the lock is

@@ -212,18 +212,17 @@ class Watch:
 
         return Started
 
-    def release(self) -> None:
-        """Takes back what the execution asks Ray's autoscaler for. It would stand for three more
-        minutes if this process were killed.
-        """
-        if self.executor:
-            self.executor._cluster_autoscaler.on_executor_shutdown()
-            ray.get(get_or_create_autoscaling_coordinator().__ray_ready__.remote())  # it has heard
-
     def end(self) -> None:
         """Ends the execution, whatever it waits for."""
         if self.executor:
             self.executor.shutdown(force=True)
+
+    def release(self) -> None:
+        """Ends it, and returns once Ray's autoscaler is no longer asked for its nodes. It would be
+        for three more minutes if this process were killed.
+        """
+        self.end()
+        ray.get(get_or_create_autoscaling_coordinator().__ray_ready__.remote())  # it has heard
 
     @property
     def operators(self) -> list[Any]:

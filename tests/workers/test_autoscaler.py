@@ -136,7 +136,11 @@ def nodes(environment: dict[str, str]) -> Iterator[Callable[[int], None]]:
             assert found.count("augment") <= AUGMENT_NODES
             if found.count("towers") == 1 and found.count("augment") == augmenting:
                 return
-            assert time.monotonic() < deadline, found
+            if time.monotonic() > deadline:
+                command = [f"{BIN}/ray", "status", "-v", f"--address={address}"]
+                pytest.fail(
+                    subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+                )
         pytest.fail((Path(folder) / "head.log").read_text())
 
     try:
