@@ -57,7 +57,7 @@ def measure(
     """
     progress = progress or Progress()
     with connected():
-        where = placement.decide(placement.cluster_nodes(), config)
+        where = placement.place(config, progress.say)
         config = replace(config, towers=where.mesh.towers)
         some = sums_of_groups(dataset, "train", config.image, range(1), on_error=config.on_error)
         arguments = dataset, config, where, some.finish()

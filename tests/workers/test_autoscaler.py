@@ -45,16 +45,18 @@ while True:
 
 
 class Nodes(FakeMultiNodeProvider):
-    """Ray's provider for tests, whose nodes are processes here."""
+    """Ray's provider for tests, whose nodes are processes here; none before a file is there."""
 
     def create_node_with_resources_and_labels(
         self, node_config: Any, tags: Any, count: int, resources: dict[str, float], labels: Any
     ) -> None:
+        while not Path(self.provider_config["gate"]).exists():
+            time.sleep(0.1)
         own = {name: amount for name, amount in resources.items() if name != "memory"}
         super().create_node_with_resources_and_labels(node_config, tags, count, own, labels)
 
 
-def cluster_file(gcs: str) -> dict[str, Any]:
+def cluster_file(gcs: str, gate: str) -> dict[str, Any]:
     """cluster.yaml with nodes that are processes here, fewer, and less patience for idle ones."""
     file = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     kinds = file["available_node_types"]
@@ -72,6 +74,7 @@ def cluster_file(gcs: str) -> dict[str, Any]:
             "launch_multiple": True,
             "disable_node_updaters": True,
             "gcs_address": gcs,
+            "gate": gate,
         },
         "head_node_type": FAKE_HEAD_NODE_TYPE,
         "file_mounts": {},
@@ -87,7 +90,8 @@ def environment() -> Iterator[dict[str, str]]:
         s.bind(("", 0))
         address = f"{get_node_ip_address()}:{s.getsockname()[1]}"
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        (Path(folder) / "cluster.yaml").write_text(yaml.safe_dump(cluster_file(address)))
+        file = cluster_file(address, f"{folder}/gate")
+        (Path(folder) / "cluster.yaml").write_text(yaml.safe_dump(file))
         yield {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "RAY_ADDRESS": address,
@@ -144,6 +148,8 @@ def nodes(environment: dict[str, str]) -> Iterator[Callable[[int], None]]:
         pytest.fail((Path(folder) / "head.log").read_text())
 
     try:
+        assert watch.stdout
+        assert any(line.strip() for line in watch.stdout)  # the head is there
         yield until
     finally:
         watch.kill()
@@ -158,20 +164,22 @@ def nodes(environment: dict[str, str]) -> Iterator[Callable[[int], None]]:
 def test_a_starved_run_gets_augment_nodes_which_go_when_it_ends(
     nodes: Callable[[int], None], environment: dict[str, str], large_shards: str, tmp_path: Path
 ) -> None:
-    nodes(0)
     options = ["--network", "alexnet-mini", "--batch", "32", "--epochs", "1000", "--device", "cpu"]
     options += ["--augmenters", "1:9", "--log-every", "1", "--run", str(tmp_path / "run")]
-    with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(
-            [f"{BIN}/towers", "train", large_shards, *options],
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        nodes(AUGMENT_NODES)
-    finally:
-        run.terminate()
-        run.wait(60)
-        print((tmp_path / "log").read_text()[-2000:])
+    with subprocess.Popen(
+        [f"{BIN}/towers", "train", large_shards, *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as run:
+        try:
+            assert run.stdout
+            assert run.stdout.readline() == "waiting for nodes that the cluster is starting\n"
+            Path(environment["RAY_TMPDIR"], "gate").touch()
+            nodes(AUGMENT_NODES)
+            run.terminate()
+            assert "stopped by SIGTERM" in run.stdout.read()
+        finally:
+            run.kill()
     nodes(0)
