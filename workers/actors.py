@@ -56,9 +56,8 @@ class Actors:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        with suppress(ray.exceptions.RayError):  # it may be dead
-            ray.get(self.feed.release.remote(), timeout=SECONDS)
-        for actor in (self.feed, *self.towers):
+        end(self.feed)
+        for actor in self.towers:
             ray.kill(actor)
 
     def reports(self, start: int) -> Iterator[dict[str, Any]]:
@@ -98,6 +97,13 @@ class Actors:
                 except ray.exceptions.RayActorError:
                     lost.append(name)
         return lost
+
+
+def end(feed: Any) -> None:
+    """Kills a feed, once it has let go of the nodes that its fleet asked for."""
+    with suppress(ray.exceptions.RayError):  # it may be dead
+        ray.get(feed.release.remote(), timeout=SECONDS)
+    ray.kill(feed)
 
 
 def _of_peers(error: BaseException | None) -> bool:

@@ -17,7 +17,6 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
-from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.data._internal.execution.interfaces import TaskContext
 from ray.data._internal.logical.interfaces import LogicalPlan
 from ray.data._internal.logical.operators import FromBlocks
@@ -31,7 +30,7 @@ from datasets.layout import Dataset
 from datasets.plan import Itinerary
 from datasets.statistics import Statistics
 from workers.config import Config
-from workers.placement import Placement
+from workers.placement import Placement, settle
 from workers.pool import Pool
 
 SEGMENT = 16384  # blocks of one execution; Ray Data wants to know all of its input at the start
@@ -218,11 +217,9 @@ class Watch:
             self.executor.shutdown(force=True)
 
     def release(self) -> None:
-        """Ends it, and returns once Ray's autoscaler is no longer asked for its nodes. It would be
-        for three more minutes if this process were killed.
-        """
+        """Ends it, and returns once Ray's autoscaler is no longer asked for its nodes."""
         self.end()
-        ray.get(get_or_create_autoscaling_coordinator().__ray_ready__.remote())  # it has heard
+        settle()
 
     @property
     def operators(self) -> list[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import (
     PlacementGroup,
@@ -144,6 +145,13 @@ def _starting() -> bool:
     report = first.get("autoscaler_report") or {}
     kinds = "pending_launches", "pending_nodes"
     return any(getattr(status, kind) or report.get(kind) for kind in kinds)
+
+
+def settle() -> None:
+    """Returns once Ray's autoscaler has heard what executions of Ray Data in this process ask for,
+    or no longer do: a wish that a process has not taken back outlives it for three minutes.
+    """
+    ray.get(get_or_create_autoscaling_coordinator().__ray_ready__.remote())
 
 
 def _awaited(group: PlacementGroup) -> bool:

@@ -61,7 +61,7 @@ def tunnel(file: str) -> Iterator[str]:
 
 def _check(file: str) -> None:
     try:
-        found = yaml.safe_load(Path(file).read_text())
+        found = next(yaml.safe_load_all(Path(file).read_text()), None)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; give the file of `ray up`") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -327,6 +327,7 @@ def test_a_cluster_that_is_not_there_is_told(environment: dict[str, str], tmp_pa
         (None, "{file}: No such file or directory; give the file of `ray up`"),
         ("a: [b", "{file}: no YAML: while parsing a flow sequence"),
         ("cluster_name: c", "{file}: no cluster file, it lacks auth, provider"),
+        ("kuberay", "{file}: no cluster file, it lacks auth, cluster_name, provider"),
         ("aws", "no way to the cluster of {file}: Unable to locate credentials"),
         ("local", "no way to the cluster of {file}: Head node of cluster (towers) not found!"),
     ],
@@ -335,7 +336,8 @@ def test_a_cluster_file_that_leads_nowhere_is_told(
     text: str | None, said: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
     file = tmp_path / "cluster.yaml"
-    files = {"aws": ROOT / "cluster.yaml", "local": ROOT / "clusters/local.yaml"}
+    files = {name: ROOT / f"clusters/{name}.yaml" for name in ("local", "kuberay")}
+    files["aws"] = ROOT / "cluster.yaml"
     if text:
         file.write_text(files[text].read_text() if text in files else text)
     # Without anybody's credentials, and the cluster files that Ray keeps.
