@@ -218,8 +218,9 @@ class Watch:
 
     def release(self) -> None:
         """Ends it, and returns once Ray's autoscaler is no longer asked for its nodes."""
-        self.end()
-        settle()
+        if self.executor:
+            self.end()
+            settle()
 
     @property
     def operators(self) -> list[Any]:

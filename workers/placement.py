@@ -200,6 +200,8 @@ def await_room(what: str, need: dict[str, float]) -> None:
     """Returns once some node has these resources free, for which Ray Data would wait for ever
     without a word. Raises UserError if the cluster makes no room.
     """
+    if not any(need.values()):
+        return
     group = placement_group([need])  # which is what an autoscaler starts a node for
     try:
         if not _awaited(group):
