@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -55,7 +56,8 @@ class Actors:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for actor in (self.feed, *self.towers):
+        end(self.feed)
+        for actor in self.towers:
             ray.kill(actor)
 
     def reports(self, start: int) -> Iterator[dict[str, Any]]:
@@ -95,6 +97,13 @@ class Actors:
                 except ray.exceptions.RayActorError:
                     lost.append(name)
         return lost
+
+
+def end(feed: Any) -> None:
+    """Kills a feed, once it has let go of the nodes that its fleet asked for."""
+    with suppress(ray.exceptions.RayError):  # it may be dead
+        ray.get(feed.release.remote(), timeout=SECONDS)
+    ray.kill(feed)
 
 
 def _of_peers(error: BaseException | None) -> bool:

@@ -74,6 +74,10 @@ class Feed:
             self.there.notify_all()
             return self.end
 
+    def release(self) -> None:
+        """Lets the nodes go that the fleet has asked for; it is not to be used any more."""
+        self.watch.release()
+
     def _begin(self) -> None:
         """A new stream at the first item that is missing, and an end to the one before; the lock is
         held.

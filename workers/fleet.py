@@ -30,7 +30,7 @@ from datasets.layout import Dataset
 from datasets.plan import Itinerary
 from datasets.statistics import Statistics
 from workers.config import Config
-from workers.placement import Placement
+from workers.placement import Placement, settle
 from workers.pool import Pool
 
 SEGMENT = 16384  # blocks of one execution; Ray Data wants to know all of its input at the start
@@ -215,6 +215,12 @@ class Watch:
         """Ends the execution, whatever it waits for."""
         if self.executor:
             self.executor.shutdown(force=True)
+
+    def release(self) -> None:
+        """Ends it, and returns once Ray's autoscaler is no longer asked for its nodes."""
+        if self.executor:
+            self.end()
+            settle()
 
     @property
     def operators(self) -> list[Any]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import platform
 import re
 import sys
 import tempfile
 import time
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
 import aiohttp
 import ray
 import requests
+from packaging.specifiers import SpecifierSet
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -36,6 +40,8 @@ def connect(address: str) -> JobSubmissionClient:
     )
 
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        os.environ.pop(name, None)  # which Ray's client would take instead
     try:
         client = JobSubmissionClient(address)
         found = client._server_ray_version
@@ -56,6 +62,32 @@ def connect(address: str) -> JobSubmissionClient:
             f"ray=={found} here, or `ray up` the cluster anew"
         )
     return client
+
+
+def check_python(client: JobSubmissionClient) -> str:
+    """What to tell the user of the cluster's Python, if it is another one than here. The job runs
+    with the cluster's, whatever it was sent with.
+
+    Raises UserError if it is none that Towers runs with.
+    """
+    found = client._do_request("GET", "/api/v0/cluster_metadata").json()["data"]["pythonVersion"]
+    needed = metadata("towers")["Requires-Python"]
+    if not SpecifierSet(needed).contains(found):
+        raise UserError(
+            f"the cluster has Python {found}, Towers needs {needed}: name such a one in the "
+            "cluster's file and `ray up` it anew"
+        )
+    here = platform.python_version()
+    if _minor(found) == _minor(here):
+        return ""
+    return (
+        f"the cluster has Python {found}, this machine {here}: the job runs with the cluster's; "
+        f"`make clean environment PYTHON=python{_minor(found)}` has the same here"
+    )
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
 
 
 def submit(client: JobSubmissionClient, folder: str, command: str) -> str:

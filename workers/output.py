@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import IO
 
-from datasets.layout import storage
+from datasets.layout import storage, whole
 from workers.config import UserError
 
 
@@ -28,16 +28,8 @@ def written(url: str) -> Iterator[IO[bytes]]:
     at all if it fails. Raises UserError if it cannot be written.
     """
     fs, path = storage(url)
-    partial = f"{path}.{uuid.uuid4().hex}.partial"
-    with _said(url):
-        try:
-            with fs.open(partial, "wb") as file:
-                yield file
-            fs.mv(partial, path)
-        except BaseException:
-            with suppress(Exception):
-                fs.rm_file(partial)
-            raise
+    with _said(url), whole(fs, path, path.rpartition("/")[0]) as file:
+        yield file
 
 
 def write_output(url: str, data: bytes) -> None:

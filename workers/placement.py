@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -114,13 +118,59 @@ def cluster_nodes() -> list[dict[str, float]]:
 
 
 PATIENCE = 60.0  # seconds that a cluster may take to make room
+ON_THE_WAY = 1800.0  # seconds that it has for it while it is starting nodes
+
+
+def place(config: Config, say: Callable[[str], object], runs: int = 0) -> Placement:
+    """`decide` on the cluster's nodes, and if they are too few, once those that are on their way
+    have come: `ray up` returns when the head is there. Raises UserError if there are none such.
+    """
+    deadline, told = time.monotonic() + ON_THE_WAY, False
+    while True:
+        try:
+            return decide(cluster_nodes(), config, runs)
+        except UserError:
+            if not _starting() or time.monotonic() > deadline:
+                raise
+        if not told:
+            say("waiting for nodes that the cluster is starting")
+            told = True
+        time.sleep(1)
+
+
+def _starting() -> bool:
+    """Whether Ray's autoscaler, if there is one, has asked for nodes that have not come yet."""
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    first = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")  # Ray's first autoscaler
+    report = first.get("autoscaler_report") or {}
+    kinds = "pending_launches", "pending_nodes"
+    return any(getattr(status, kind) or report.get(kind) for kind in kinds)
+
+
+def settle() -> None:
+    """Returns once Ray's autoscaler has heard what executions of Ray Data in this process ask for,
+    or no longer do: a wish that a process has not taken back outlives it for three minutes.
+    """
+    ray.get(get_or_create_autoscaling_coordinator().__ray_ready__.remote())
+
+
+def _awaited(group: PlacementGroup) -> bool:
+    """Whether the cluster makes room for a group: in a minute, or later if it is starting nodes."""
+    began = last = time.monotonic()
+    while not group.wait(0.5):
+        now = time.monotonic()
+        if _starting():
+            last = now
+        if now - last > PATIENCE or now - began > ON_THE_WAY:
+            return False
+    return True
 
 
 def reserve(placement: Placement, name: str = "") -> PlacementGroup:
     """A bundle for each tower, in the order of ranks, the towers of a pair together if they can be;
     in place of what this job had reserved by this `name` before, if it has one.
 
-    Raises UserError if the cluster does not make room for them and one augmenter in a minute.
+    Raises UserError if the cluster does not make room for them and one augmenter.
     """
     bundles = [placement.tower] * placement.mesh.size
     away = [n["NodeID"] for n in ray.nodes() if n["Alive"] and AUGMENT in n["Resources"]]
@@ -128,7 +178,7 @@ def reserve(placement: Placement, name: str = "") -> PlacementGroup:
     free(name)
     group = placement_group(bundles, "PACK", name, bundle_label_selector=[selector] * len(bundles))
     try:
-        if not group.wait(PATIENCE):
+        if not _awaited(group):
             raise _no_room(f"{placement.mesh.size} towers", placement.tower)
         await_room("an augmenter", placement.augmenter)
     except UserError:
@@ -148,13 +198,16 @@ def free(name: str) -> None:
 
 def await_room(what: str, need: dict[str, float]) -> None:
     """Returns once some node has these resources free, for which Ray Data would wait for ever
-    without a word. Raises UserError if that takes more than a minute.
+    without a word. Raises UserError if the cluster makes no room.
     """
-    deadline = time.monotonic() + PATIENCE
-    while not _fits(need):
-        if time.monotonic() > deadline:
+    if not any(need.values()):
+        return
+    group = placement_group([need])  # which is what an autoscaler starts a node for
+    try:
+        if not _awaited(group):
             raise _no_room(what, need)
-        time.sleep(0.5)
+    finally:
+        remove_placement_group(group)
 
 
 def seats(nodes: Sequence[str], mesh: Mesh) -> list[int]:
@@ -183,12 +236,6 @@ def nodes_of(group: PlacementGroup) -> list[str]:
     """The node of each bundle of a group that is ready."""
     found = placement_group_table(group)["bundles_to_node_id"]
     return [found[bundle] for bundle in range(len(found))]
-
-
-def _fits(need: dict[str, float]) -> bool:
-    """Whether some node has all of this free."""
-    nodes = available_resources_per_node().values()
-    return any(all(node.get(k, 0) >= v for k, v in need.items()) for node in nodes)
 
 
 def _no_room(what: str, need: dict[str, float]) -> UserError:

@@ -14,7 +14,7 @@ from datasets.plan import Itinerary
 from datasets.statistics import Statistics, sums_of_groups
 from pipeline.mesh import Mesh
 from workers import placement
-from workers.actors import Actors
+from workers.actors import Actors, end
 from workers.cluster import connected
 from workers.config import Config
 from workers.feed import Feed
@@ -57,7 +57,7 @@ def measure(
     """
     progress = progress or Progress()
     with connected():
-        where = placement.decide(placement.cluster_nodes(), config)
+        where = placement.place(config, progress.say)
         config = replace(config, towers=where.mesh.towers)
         some = sums_of_groups(dataset, "train", config.image, range(1), on_error=config.on_error)
         arguments = dataset, config, where, some.finish()
@@ -92,7 +92,7 @@ def _augmenter(dataset: Dataset, config: Config, where: Placement, statistics: S
                     break
         return images / (now - start)
     finally:
-        ray.kill(feed)
+        end(feed)
 
 
 def _towers(dataset: Dataset, config: Config, where: Placement, statistics: Statistics) -> float:

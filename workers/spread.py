@@ -13,7 +13,7 @@ from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
 from datasets import DataError
 from workers.config import UserError
-from workers.placement import await_room
+from workers.placement import await_room, settle
 
 
 def spread(
@@ -61,6 +61,7 @@ def spread(
                 if row["error"]:
                     raise DataError(row["error"])
                 yield row["item"], pickle.loads(row["value"])
+    settle()
 
 
 def _call(block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:

@@ -68,7 +68,7 @@ def train(
     threading.Thread(target=import_module, args=("workers.actors",), daemon=True).start()
     initial = read_initial(config) if config.init and not folder.checkpoints() else None
     with connected():
-        where = placement.decide(placement.cluster_nodes(), config, pool.runs if pool else 0)
+        where = placement.place(config, progress.say, pool.runs if pool else 0)
         if not config.shards:
             dataset = drawn(folder.url, progress)
         if config.images:

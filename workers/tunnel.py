@@ -20,6 +20,8 @@ import yaml
 from workers.config import UserError
 
 AGAIN = 2.0  # seconds before a tunnel that dropped is opened anew
+# Becomes the command. Whatever ends us closes our end of its pipe, which ends all of its session.
+LEASH = 'exec 3<&0; (read -r _ <&3; kill 0) & exec "$@" 3<&- </dev/null'
 
 
 @contextmanager
@@ -59,7 +61,7 @@ def tunnel(file: str) -> Iterator[str]:
 
 def _check(file: str) -> None:
     try:
-        found = yaml.safe_load(Path(file).read_text())
+        found = next(yaml.safe_load_all(Path(file).read_text()), None)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; give the file of `ray up`") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -77,14 +79,16 @@ def _free_port() -> int:
 
 
 def _open(file: str, port: int, said: IO[str]) -> subprocess.Popen[str]:
-    """In a session of its own: SSH would take the terminal, and Ctrl-C is ours to handle."""
+    """In a session of its own: SSH would take the terminal, and Ctrl-C is ours to handle. It ends
+    with this process, even if that is killed.
+    """
     said.seek(0)
     said.truncate()
     beside = Path(sys.executable).with_name("ray")
     ray = str(beside) if beside.exists() else shutil.which("ray") or "ray"
     return subprocess.Popen(
-        [ray, "dashboard", f"--port={port}", file],
-        stdin=subprocess.DEVNULL,
+        ["sh", "-c", LEASH, "sh", ray, "dashboard", f"--port={port}", file],
+        stdin=subprocess.PIPE,
         stdout=said,
         stderr=said,
         start_new_session=True,

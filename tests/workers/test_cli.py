@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from workers.cli import main
+from workers.cli import main, parser
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,6 +23,19 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
             main([command, "--help"])
         assert end.value.code == 0
         assert f"example: towers {command}" in capsys.readouterr().out
+
+
+def test_the_commands_that_the_pages_show_exist() -> None:
+    root, found = Path(__file__).parents[2], 0
+    for page in (root / "README.md", *root.glob("docs/*.md")):
+        for block in re.findall(r"```\w*\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", "").splitlines():
+                if line.startswith("towers "):
+                    args = parser().parse_args(shlex.split(line, comments=True)[1:])
+                    if sent := getattr(args, "arguments", None):  # with a job
+                        parser().parse_args(sent)
+                    found += 1
+    assert found > 40
 
 
 def test_describe_counts_the_papers_network(capsys: pytest.CaptureFixture[str]) -> None:

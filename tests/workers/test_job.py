@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+PYTHON = '"{}.{}.'.format(*sys.version_info)  # as the dashboard begins to tell it
 
 
 def free_port() -> int:
@@ -143,35 +145,14 @@ def towers(environment: dict[str, str], folder: Path, *arguments: str) -> Any:
     )
 
 
-def test_towers_submit_sends_follows_and_returns_the_code(
-    dashboard: str, environment: dict[str, str], tmp_path: Path
-) -> None:
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "big").write_bytes(secrets.token_bytes(2**21))
-    known = environment | {"RAY_API_SERVER_ADDRESS": dashboard}
-    done = towers(known, tmp_path, "submit", "--", "describe", "--network", "cifar")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("conv1 ") == 1  # the log, once
-    assert "a package of 0.00 MiB" in done.stderr  # without the run
-    job = done.stderr.split(":")[0]
-
-    mistake = towers(known, tmp_path, "submit", "--", "describe", "--network", "lenet")
-    assert mistake.returncode == 2
-    assert "network is 'lenet': one of" in mistake.stdout
-
-    listed = towers(known, tmp_path, "jobs").stdout
-    assert job in listed
-    assert "SUCCEEDED" in listed
-    assert "FAILED" in listed
-    assert "conv1" in towers(known, tmp_path, "logs", job).stdout
-    assert "had ended already" in towers(known, tmp_path, "stop", job).stdout
-
-
 class Way:
-    """A port of this machine that leads to another one while it is open."""
+    """A port of this machine that leads to another one while it is open; some of what comes from
+    there may be replaced.
+    """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int, replaced: tuple[str, str] = ("", "")) -> None:
         self.target, self.port = target, free_port()
+        self.text, self.other = (text.encode() for text in replaced)
         self.ends: list[socket.socket] = []
         self.open()
 
@@ -201,8 +182,39 @@ class Way:
     def _copy(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(2**16):
-                target.sendall(data)
+                target.sendall(data.replace(self.text, self.other))
             target.shutdown(socket.SHUT_WR)
+
+
+def test_towers_submit_sends_follows_and_returns_the_code(
+    dashboard: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "big").write_bytes(secrets.token_bytes(2**21))
+    known = environment | {"RAY_API_SERVER_ADDRESS": dashboard}
+    # As to a cluster of a newer Python, which is told and does no harm.
+    newer = f"{sys.version_info.major}.{sys.version_info.minor + 1}"
+    way = Way(int(dashboard.rsplit(":", 1)[1]), (PYTHON, f'"{newer}.'))
+    to = ("--address", f"http://127.0.0.1:{way.port}", "--")
+    done = towers(known, tmp_path, "submit", *to, "describe", "--network", "cifar")
+    way.cut()
+    assert done.returncode == 0, done.stdout + done.stderr
+    note, sent = done.stderr.splitlines()
+    assert f"PYTHON=python{newer}" in note
+    assert done.stdout.count("conv1 ") == 1  # the log, once
+    assert "a package of 0.00 MiB" in sent  # without the run
+    job = sent.split(":")[0]
+
+    mistake = towers(known, tmp_path, "submit", "--", "describe", "--network", "lenet")
+    assert mistake.returncode == 2
+    assert "network is 'lenet': one of" in mistake.stdout
+
+    listed = towers(known, tmp_path, "jobs").stdout
+    assert job in listed
+    assert "SUCCEEDED" in listed
+    assert "FAILED" in listed
+    assert "conv1" in towers(known, tmp_path, "logs", job).stdout
+    assert "had ended already" in towers(known, tmp_path, "stop", job).stdout
 
 
 def test_a_log_goes_on_where_a_connection_dropped(
@@ -275,6 +287,32 @@ def test_who_has_no_token_is_told(
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("replaced", "said"),
+    [
+        (
+            (f'"{ray.__version__}"', f'"{ray.__version__[:-1]}9"'),
+            rf"cluster has Ray {ray.__version__[:-1]}9, this machine {ray.__version__}: install",
+        ),
+        ((PYTHON, '"3.10.'), r"cluster has Python 3\.10\.\d+, Towers needs >=3\.11: name such"),
+    ],
+)
+def test_a_cluster_of_another_version_is_told(
+    replaced: tuple[str, str],
+    said: str,
+    dashboard: str,
+    environment: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    way = Way(int(dashboard.rsplit(":", 1)[1]), replaced)
+    address = f"http://127.0.0.1:{way.port}"
+    done = towers(environment, tmp_path, "submit", "--address", address, "--", "describe")
+    way.cut()
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(said, done.stderr)
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_cluster_that_is_not_there_is_told(environment: dict[str, str], tmp_path: Path) -> None:
     address = f"http://127.0.0.1:{free_port()}"
     done = towers(environment, tmp_path, "jobs", "--address", address)
@@ -289,6 +327,7 @@ def test_a_cluster_that_is_not_there_is_told(environment: dict[str, str], tmp_pa
         (None, "{file}: No such file or directory; give the file of `ray up`"),
         ("a: [b", "{file}: no YAML: while parsing a flow sequence"),
         ("cluster_name: c", "{file}: no cluster file, it lacks auth, provider"),
+        ("kuberay", "{file}: no cluster file, it lacks auth, cluster_name, provider"),
         ("aws", "no way to the cluster of {file}: Unable to locate credentials"),
         ("local", "no way to the cluster of {file}: Head node of cluster (towers) not found!"),
     ],
@@ -297,7 +336,8 @@ def test_a_cluster_file_that_leads_nowhere_is_told(
     text: str | None, said: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
     file = tmp_path / "cluster.yaml"
-    files = {"aws": ROOT / "cluster.yaml", "local": ROOT / "clusters/local.yaml"}
+    files = {name: ROOT / f"clusters/{name}.yaml" for name in ("local", "kuberay")}
+    files["aws"] = ROOT / "cluster.yaml"
     if text:
         file.write_text(files[text].read_text() if text in files else text)
     # Without anybody's credentials, and the cluster files that Ray keeps.

@@ -74,6 +74,8 @@ def _submit(args: argparse.Namespace) -> int:
     from workers import jobs
 
     with _client(args) as client:
+        if note := jobs.check_python(client):
+            print(note, file=sys.stderr)
         size = jobs.package_size(".") / 2**20
         job = jobs.submit(client, ".", shlex.join(["towers", *args.arguments]))
         print(f"{job}: a package of {size:.2f} MiB; `towers logs {job}` shows it", file=sys.stderr)
