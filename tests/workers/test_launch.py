@@ -179,8 +179,7 @@ def test_ray_up_train_join_and_ray_down(
     user.run("ray get-auth-token --generate")
     shutil.copy(user.home / ".ray/auth_token", shared)
     user.run("ray up --yes /mnt/local.yaml")
-    status = "ray exec /mnt/local.yaml 'ray status'"
-    _until(lambda: " towers" in user.run(status), "the worker did not come")
+    # At once: the towers' machine is still on its way.
     job = user.start(
         "towers submit --cluster /mnt/local.yaml -- train /mnt/shards --run /mnt/run"
         " --network alexnet-mini --batch 32 --epochs 1000 --augmenters 1:4 --log-every 1"

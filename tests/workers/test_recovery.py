@@ -17,7 +17,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from benchmarks.chaos import below
+from benchmarks.chaos import below, kill
 from workers.config import configure
 from workers.progress import Progress
 from workers.run import checkpoints
@@ -94,13 +94,35 @@ def test_a_node_is_lost_that_holds_the_towers_and_the_feed(
         while not checkpoints(str(run)) and job.is_alive():
             time.sleep(0.05)
         groups = ray.util.placement_group_table().values()
-        (home,) = {node for group in groups for node in group["bundles_to_node_id"].values()}
+        there = [group for group in groups if group["state"] == "CREATED"]
+        (home,) = {node for group in there for node in group["bundles_to_node_id"].values()}
         lost = next(node for node in nodes.worker_nodes if node.node_id == home)
         nodes.remove_node(lost, allow_graceful=False)
     finally:
         job.join(300)
     assert result["restarts"] == 1
     assert result["weights_sha256"] == undisturbed
+
+
+def test_a_killed_supervisor_is_started_again(
+    undisturbed: str, shards: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        command(shards, run, "--checkpoint-every", "2"),
+        env={**os.environ, "RAY_ADDRESS": "local"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as job:
+        while job.poll() is None and not checkpoints(str(run)):
+            time.sleep(0.05)
+        assert kill(job, "supervisor")
+        _, said = job.communicate(timeout=200)
+    assert job.returncode == 0, said
+    assert "the run's supervisor was killed by SIGKILL: started again" in said
+    end = events(run, "end")[-1]
+    assert (end["restarts"], end["weights_sha256"]) == (1, undisturbed)
 
 
 def test_the_whole_cluster_is_lost_and_the_run_resumed(
