@@ -28,7 +28,7 @@ from workers.run import checkpoints
 from workers.supervisor import train
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server() -> Iterator[ThreadedMotoServer]:
     made = ThreadedMotoServer("127.0.0.1", 0)
     made.start()
@@ -37,8 +37,8 @@ def server() -> Iterator[ThreadedMotoServer]:
         made.stop()
 
 
-@pytest.fixture
-def bucket(server: ThreadedMotoServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def bucket(server: ThreadedMotoServer) -> Iterator[str]:
     """A bucket on a server of our own, with a Ray whose processes know where it is."""
     host, port = server.get_host_and_port()
     known = {
@@ -48,8 +48,9 @@ def bucket(server: ThreadedMotoServer, monkeypatch: pytest.MonkeyPatch) -> Itera
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_MAX_ATTEMPTS": "1",  # or botocore alone takes two minutes to give up
     }
+    patch = pytest.MonkeyPatch()
     for name, value in known.items():
-        monkeypatch.setenv(name, value)
+        patch.setenv(name, value)
     # fsspec keeps file systems, which keep where their server was.
     fsspec.filesystem("s3").clear_instance_cache()
     reset = urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")
@@ -65,6 +66,7 @@ def bucket(server: ThreadedMotoServer, monkeypatch: pytest.MonkeyPatch) -> Itera
     )
     yield "s3://bucket"
     ray.shutdown()
+    patch.undo()
     fsspec.filesystem("s3").clear_instance_cache()
 
 
@@ -117,7 +119,7 @@ def test_a_store_that_stops_answering(
     drawn = (draw(0, "train", n) for n in range(1600))
     records = [(encode(pixels), str(n), label) for n, (pixels, label) in enumerate(drawn)]
     # Small row groups, so that the run reads all the time.
-    url = f"{bucket}/shards"
+    url = f"{bucket}/small-groups"
     written = write_split(url, "train", records, names, rows_per_group=4)
     write_manifest(url, {"train": written}, names)
     run = f"{tmp_path}/run"
