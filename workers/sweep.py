@@ -7,7 +7,7 @@ workers there were.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, cast
@@ -105,6 +105,7 @@ def sweep(
     total = work.dataset.rows(work.split)
     items = row_ranges(work.dataset.groups(work.split))
     came: dict[int, list[P]] = defaultdict(list)
+    dealt: Counter[int] = Counter()  # rows of each range, used or skipped
     turn, last = 0, -1  # the range of rows that is next, and the row that was last
     used, skipped, shown, start = 0, 0, 0, time.monotonic()
     for number, part in spread(
@@ -117,7 +118,8 @@ def sweep(
         skipped += part.skipped
         progress.done(what, used + skipped, total, start)
         came[number].append(part)
-        while turn < len(items) and _dealt(came[turn]) == len(items[turn]):
+        dealt[number] += len(part.rows) + part.skipped
+        while turn < len(items) and dealt[turn] == len(items[turn]):
             for one in came.pop(turn):
                 if (np.diff(one.rows, prepend=last) <= 0).any():
                     raise RunFailed(f"rows were {what} twice")
@@ -128,10 +130,6 @@ def sweep(
         raise RunFailed(f"{used} rows were {what} and {skipped} skipped, of {total}")
     if not used:
         raise UserError(f"{work.dataset.root}: {work.split} has no row that can be used")
-
-
-def _dealt(parts: Sequence[Part]) -> int:
-    return sum(len(part.rows) + part.skipped for part in parts)
 
 
 def row_ranges(groups: Sequence[int]) -> list[range]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import yaml
 
 from benchmarks.chaos import below
 from datasets.drawn import draw, write_drawn
@@ -19,6 +21,8 @@ from workers.evaluate import evaluate
 from workers.progress import Progress
 from workers.supervisor import train
 from workers.weights import export, import_
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +87,27 @@ def trained(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import_(f"{folder}/w.safetensors", f"{folder}/other", given)
     evaluate([f"{folder}/run", f"{folder}/other"], weights=[3, 1])
     return folder
+
+
+@pytest.fixture
+def headed(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a cluster file whose head is this machine, as `ray up` leaves it to who has `tmp_path`
+    for RAY_TMPDIR; `auth` in place of the file's own.
+    """
+
+    def make(**auth: str) -> Path:
+        cluster = yaml.safe_load((ROOT / "clusters/local.yaml").read_text())
+        cluster["provider"] |= {"head_ip": "127.0.0.1", "worker_ips": []}
+        cluster["auth"] = auth or cluster["auth"]
+        file = tmp_path / "cluster.yaml"
+        file.write_text(yaml.safe_dump(cluster))
+        tags = {"ray-node-type": "head", "ray-node-status": "up-to-date"}
+        (tmp_path / "ray").mkdir()
+        state = {"127.0.0.1": {"tags": tags, "state": "running"}}
+        (tmp_path / "ray" / "cluster-towers.state").write_text(json.dumps(state))
+        return file
+
+    return make
 
 
 def kill(processes: list[int]) -> None:

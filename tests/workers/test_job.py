@@ -15,14 +15,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-import yaml
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -349,17 +348,11 @@ def test_a_cluster_file_that_leads_nowhere_is_told(
     assert done.stderr.count("\n") == 1
 
 
-def test_a_head_that_lets_nobody_in_is_told(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_head_that_lets_nobody_in_is_told(
+    environment: dict[str, str], tmp_path: Path, headed: Callable[..., Path]
+) -> None:
     """Where no SSH server listens, or the key is none of its."""
-    cluster = yaml.safe_load((ROOT / "clusters/local.yaml").read_text())
-    cluster["provider"] |= {"head_ip": "127.0.0.1", "worker_ips": []}
-    file = tmp_path / "cluster.yaml"
-    file.write_text(yaml.safe_dump(cluster))
-    # As `ray up` leaves it here.
-    tags = {"ray-node-type": "head", "ray-node-status": "up-to-date"}
-    (tmp_path / "ray").mkdir()
-    state = {"127.0.0.1": {"tags": tags, "state": "running"}}
-    (tmp_path / "ray" / "cluster-towers.state").write_text(json.dumps(state))
+    file = headed()
     given = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
     done = towers(environment | given, tmp_path, "jobs", "--cluster", str(file))
     assert done.returncode == 2, done.stderr

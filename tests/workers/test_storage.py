@@ -131,6 +131,8 @@ def test_a_store_that_stops_answering(
     assert not outages.steps
     last = checkpoints(run)[-1]
     assert last >= 50  # over the first outage, for which it did wait
+    events = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in events].count("start") == 1  # no restart
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     times = [json.loads(line)["time"] for line in metrics]
     assert any(b - a > 2 for a, b in itertools.pairwise(times))

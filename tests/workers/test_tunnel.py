@@ -5,7 +5,6 @@ client itself: no port of it is open.
 from __future__ import annotations
 
 import getpass
-import json
 import os
 import shutil
 import signal
@@ -13,10 +12,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).parents[2]
 SSHD = "/usr/sbin/sshd"
@@ -30,8 +29,8 @@ with tunnel(sys.argv[1]) as address:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Path:
-    """A cluster file whose head is this machine, as `ray up` leaves it."""
+def cluster(tmp_path: Path, headed: Callable[..., Path]) -> Path:
+    """A cluster file whose head is this machine, behind an SSH server."""
     if missing := [name for name in (SSHD, "ssh", "ssh-keygen") if not shutil.which(name)]:
         pytest.skip(f"needs {', '.join(missing)}: Debian's openssh-server")
     if os.getuid() == 0:
@@ -40,17 +39,8 @@ def cluster(tmp_path: Path) -> Path:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     server = [f"{SSHD} -i -f /dev/null -h {key} -o AuthorizedKeysFile={key}.pub"]
     server += ["StrictModes=no", "PermitRootLogin=prohibit-password", "UsePAM=no"]
-    cluster = yaml.safe_load((ROOT / "clusters/local.yaml").read_text())
-    cluster["provider"] |= {"head_ip": "127.0.0.1", "worker_ips": []}
-    cluster["auth"] = {"ssh_user": user, "ssh_private_key": str(key)}
-    cluster["auth"] |= {"ssh_proxy_command": " -o ".join(server)}
-    file = tmp_path / "cluster.yaml"
-    file.write_text(yaml.safe_dump(cluster))
-    tags = {"ray-node-type": "head", "ray-node-status": "up-to-date"}
-    (tmp_path / "ray").mkdir()
-    state = {"127.0.0.1": {"tags": tags, "state": "running"}}
-    (tmp_path / "ray" / "cluster-towers.state").write_text(json.dumps(state))
-    return file
+    proxy = " -o ".join(server)
+    return headed(ssh_user=user, ssh_private_key=str(key), ssh_proxy_command=proxy)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
