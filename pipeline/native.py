@@ -1,6 +1,7 @@
-"""The C++ of this folder: compiled once a machine with its own compiler, kept in a cache.
+"""The compiled code of this folder: for a processor C++ (`kernels.cpp`), compiled once a machine by
+its own compiler and kept in a cache; for a GPU Triton (`kernels.py`), which has its own cache.
 
-Without a compiler callers do the same mathematics in torch, slower; `missing()` says why.
+Where it cannot be had callers do the same mathematics in torch, slower; `missing()` says why.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ import shutil
 import subprocess
 import tempfile
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from pipeline.network import Norm
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 # Square roots that set no errno are vectors; nothing else of -ffast-math, which loses NaNs.
@@ -30,39 +35,109 @@ _FUNCTIONS = {
     "pool_forward": [_POINTER] * 3 + [_LONG, _POINTER, _INT, _INT],
     "pool_backward": [_POINTER] * 3 + [_LONG, _POINTER, _INT, _INT],
 }
-MOST = 512  # maps of a row: what the functions hold of it at a time
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
-def kernels(x: Tensor) -> ctypes.CDLL | None:
-    """The functions of kernels.cpp if they can take tensors like x here, else None.
+Form = tuple[int, ...]
+"""Of a pooling: maps, height and width of what it reads, size and stride of its windows, rows and
+columns of what it makes."""
 
-    They take channels-last float32 or bfloat16, all of one dtype, in a processor's memory.
+
+class Kernels(Protocol):
+    """Functions of channels-last tensors on one device, all of one dtype, computed in float32."""
+
+    def lrn(
+        self, x: Tensor, grad: Tensor | None, out: Tensor, maps: int, norm: Norm, rectify: bool
+    ) -> None:
+        """Normalises rows of `maps` elements that lie end to end: `out` is the normalised x, or
+        with `grad` the gradient of x. Beta is 1/2, 3/4 or 1.
+        """
+
+    def pool_forward(self, x: Tensor, y: Tensor, place: Tensor, form: Form) -> None:
+        """The maxima of x, and the place in its window of each (uint8); ties go to the first, and
+        not-a-number wins.
+        """
+
+    def pool_backward(self, grad: Tensor, place: Tensor, out: Tensor, form: Form) -> None:
+        """The gradient of x of that `form`: sums are in the order of their windows."""
+
+
+def kernels(x: Tensor, maps: int, size: int = 1) -> Kernels | None:
+    """The functions for tensors like x, with rows of so many maps and windows over `size` of them;
+    None where there are none, or none that can.
     """
-    fits = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    return _load()[0] if fits else None
+    kind = x.device.type
+    # What a row's part in the first-level cache, or a thread's registers, can hold.
+    fits = maps <= 512 and size <= 33 if kind == "cpu" else size <= 17
+    return _load(kind)[0] if fits and x.dtype in _DTYPES.get(kind, ()) else None
 
 
-def missing() -> str:
-    """Why there is no compiled code, in half a line; "" where there is."""
-    return _load()[1]
+def missing(kind: str = "cpu") -> str:
+    """Why there is no compiled code for a kind of device, in half a line; "" where there is."""
+    return _load(kind)[1]
 
 
 @cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def _load(kind: str) -> tuple[Kernels | None, str]:
     if os.environ.get("TOWERS_NATIVE") == "0":
         return None, "TOWERS_NATIVE is 0"
+    return _load_library() if kind == "cpu" else _load_triton(kind)
+
+
+def _load_triton(kind: str) -> tuple[Kernels | None, str]:
+    try:
+        found: Kernels = import_module("pipeline.kernels")
+        x = torch.ones(1, 8, 1, 1, device=kind)
+        found.lrn(x, None, torch.empty_like(x), 8, Norm(), False)
+    except Exception as error:  # of the import, a compiler or a driver: whatever it is
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        return None, f"Triton failed: {said[0]}"
+    return found, ""
+
+
+class _Library:
+    """The functions of kernels.cpp."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        for name, types in _FUNCTIONS.items():
+            getattr(self._library, name).argtypes = types
+            getattr(self._library, name).restype = None
+
+    def lrn(
+        self, x: Tensor, grad: Tensor | None, out: Tensor, maps: int, norm: Norm, rectify: bool
+    ) -> None:
+        places = (x.data_ptr(), None if grad is None else grad.data_ptr(), out.data_ptr())
+        window, quarters = norm.size // 2 * 2 + 1, round(4 * norm.beta)
+        how = (maps, window, norm.k, norm.alpha, quarters, rectify, x.dtype == torch.bfloat16)
+        self._library.lrn(*places, x.numel() // maps, *how, torch.get_num_threads())
+
+    def pool_forward(self, x: Tensor, y: Tensor, place: Tensor, form: Form) -> None:
+        self._pool("pool_forward", (x, y, place), form)
+
+    def pool_backward(self, grad: Tensor, place: Tensor, out: Tensor, form: Form) -> None:
+        self._pool("pool_backward", (grad, place, out), form)
+
+    def _pool(self, name: str, tensors: tuple[Tensor, ...], form: Form) -> None:
+        places = (x.data_ptr() for x in tensors)
+        shape = (ctypes.c_int * len(form))(*form)
+        half = tensors[0].dtype == torch.bfloat16
+        run = getattr(self._library, name)
+        run(*places, len(tensors[0]), shape, half, torch.get_num_threads())
+
+
+def _load_library() -> tuple[Kernels | None, str]:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if not compiler:
         return None, "no C++ compiler (c++, g++, clang++ or $CXX)"
     try:
-        library = ctypes.CDLL(str(_built(compiler)))
+        return _Library(_built(compiler)), ""
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         return None, f"{compiler} failed: {said.strip().splitlines()[0] if said.strip() else error}"
-    for name, types in _FUNCTIONS.items():
-        getattr(library, name).argtypes = types
-        getattr(library, name).restype = None
-    return library, ""
 
 
 def _built(compiler: str) -> Path:

@@ -1,9 +1,9 @@
 """Local response normalisation (paper, 3.3) with its exact gradient.
 
-On a processor it is one pass over memory each way, compiled (`kernels.cpp`). Elsewhere, and where
-that cannot be had, the sum over neighbouring maps is a product with a banded matrix of ones, in
-channels-last layout a plain matrix product, done a few images at a time, so that what lies between
-stays in cache. Either way backward keeps nothing but the input.
+Compiled (`native.py`) it is one pass over memory each way. Where that cannot be had, the sum over
+neighbouring maps is a product with a banded matrix of ones, in channels-last layout a plain matrix
+product, on a processor done a few images at a time, so that what lies between stays in cache.
+Either way backward keeps nothing but the input.
 """
 
 from __future__ import annotations
@@ -71,24 +71,11 @@ def _compiled(
     x: Tensor, grad: Tensor | None, out: Tensor, norm: Norm, columns: int, rectify: bool
 ) -> bool:
     """Whether compiled code took it: the forward pass, or with `grad` the backward one."""
-    maps, window = x.shape[1] // columns, norm.size // 2 * 2 + 1
-    kernels = native.kernels(x)
-    if kernels is None or norm.beta not in (0.5, 0.75, 1.0) or maps > native.MOST or window > 33:
+    maps = x.shape[1] // columns
+    kernels = native.kernels(x, maps, norm.size)
+    if kernels is None or norm.beta not in (0.5, 0.75, 1.0):
         return False
-    kernels.lrn(
-        x.data_ptr(),
-        None if grad is None else grad.data_ptr(),
-        out.data_ptr(),
-        x.numel() // maps,
-        maps,
-        window,
-        norm.k,
-        norm.alpha,
-        round(4 * norm.beta),
-        rectify,
-        x.dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
+    kernels.lrn(x, grad, out, maps, norm, rectify)
     return True
 
 

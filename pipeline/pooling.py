@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from pipeline.network import Pool
 
 def max_pool(x: Tensor, pool: Pool) -> Tensor:
     """The largest of each size x size positions of x [n, maps, height, width], stride apart."""
-    if native.kernels(x) is None or x.shape[1] > native.MOST or pool.size > 16:
-        return F.max_pool2d(x, pool.size, pool.stride)  # keeps x and eight bytes
+    few = pool.size <= 16  # places of a window that a byte can tell apart
+    # On a GPU torch's adds gradients up in any order, and keeps x and eight bytes everywhere.
+    if not few or not (_kernels(x) or torch.are_deterministic_algorithms_enabled()):
+        return F.max_pool2d(x, pool.size, pool.stride)
     return _MaxPool.apply(x, pool)
 
 
@@ -27,10 +29,16 @@ class _MaxPool(torch.autograd.Function):
         n, maps, height, width = x.shape
         rows, columns = ((side - pool.size) // pool.stride + 1 for side in (height, width))
         y = x.new_empty((n, rows, columns, maps)).permute(0, 3, 1, 2)
-        place = torch.empty((n, rows, columns, maps), dtype=torch.uint8)
+        place = torch.empty_like(y, dtype=torch.uint8)
         ctx.form = (maps, height, width, pool.size, pool.stride, rows, columns)
         ctx.save_for_backward(place)
-        _call("pool_forward", (x, y, place), x, ctx.form)
+        if kernels := _kernels(x):
+            kernels.pool_forward(x, y, place, ctx.form)
+            return y
+        for k, near in _places(x, ctx.form):
+            more = (near > y) | near.isnan() if k else torch.ones_like(y, dtype=torch.bool)
+            y.copy_(torch.where(more, near, y))
+            place.masked_fill_(more, k)
         return y
 
     @staticmethod
@@ -39,17 +47,22 @@ class _MaxPool(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         maps, height, width, *_ = ctx.form
         out = grad.new_empty((len(grad), height, width, maps)).permute(0, 3, 1, 2)
-        _call("pool_backward", (grad, place, out), grad, ctx.form)
-        return out, None
+        if kernels := _kernels(grad):
+            kernels.pool_backward(grad, place, out, ctx.form)
+            return out, None
+        total = torch.zeros_like(out, dtype=torch.promote_types(out.dtype, torch.float32))
+        for k, near in reversed(list(_places(total, ctx.form))):  # a place's first window first
+            near += grad.masked_fill(place != k, 0)
+        return out.copy_(total), None
 
 
-def _call(name: str, tensors: tuple[Tensor, ...], like: Tensor, form: tuple[int, ...]) -> None:
-    kernels = native.kernels(like)
-    assert kernels
-    getattr(kernels, name)(
-        *(x.data_ptr() for x in tensors),
-        len(like),
-        (ctypes.c_int * len(form))(*form),
-        like.dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
+def _kernels(x: Tensor) -> native.Kernels | None:
+    return native.kernels(x, x.shape[1])
+
+
+def _places(x: Tensor, form: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
+    """Each place of a window, with what lies there of all windows of x."""
+    *_, size, stride, rows, columns = form
+    for k in range(size**2):
+        top, left = divmod(k, size)
+        yield k, x[:, :, top:, left:][:, :, : stride * rows : stride, : stride * columns : stride]
