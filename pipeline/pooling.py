@@ -28,7 +28,7 @@ class _MaxPool(torch.autograd.Function):
         x = x.contiguous(memory_format=torch.channels_last)
         n, maps, height, width = x.shape
         rows, columns = ((side - pool.size) // pool.stride + 1 for side in (height, width))
-        y = x.new_empty((n, rows, columns, maps)).permute(0, 3, 1, 2)
+        y = _empty(x, (n, maps, rows, columns))
         place = torch.empty_like(y, dtype=torch.uint8)
         ctx.form = (maps, height, width, pool.size, pool.stride, rows, columns)
         ctx.save_for_backward(place)
@@ -46,7 +46,7 @@ class _MaxPool(torch.autograd.Function):
         (place,) = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         maps, height, width, *_ = ctx.form
-        out = grad.new_empty((len(grad), height, width, maps)).permute(0, 3, 1, 2)
+        out = _empty(grad, (len(grad), maps, height, width))
         if kernels := _kernels(grad):
             kernels.pool_backward(grad, place, out, ctx.form)
             return out, None
@@ -54,6 +54,12 @@ class _MaxPool(torch.autograd.Function):
         for k, near in reversed(list(_places(total, ctx.form))):  # a place's first window first
             near += grad.masked_fill(place != k, 0)
         return out.copy_(total), None
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Channels-last and no view: what follows may work in place."""
+    last = torch.channels_last
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=last)
 
 
 def _kernels(x: Tensor) -> native.Kernels | None:

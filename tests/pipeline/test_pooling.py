@@ -60,6 +60,15 @@ def test_a_nan_is_the_maximum(form: Form) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_what_follows_may_work_in_place(form: Form) -> None:
+    leaf = noise((2, 16, 7, 7), 0, torch.float32).to(form.device).requires_grad_()
+    with form.used():
+        (got,) = torch.autograd.grad(max_pool(leaf * 1, Pool()).relu_().sum(), leaf)
+        (want,) = torch.autograd.grad(max_pool(leaf * 1, Pool()).relu().sum(), leaf)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_a_place_are_added_in_one_order(form: Form) -> None:
     # Of numbers whose sum depends on it: row by row of windows, as in float32 by hand.
     x, grads = torch.zeros(1, 8, 5, 5), torch.tensor([[1e8, 1.0], [-1e8, 1.0]])
