@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.convolution import gradients
 from pipeline.tracing import Trace, clock
-from pipeline.waiting import LIMIT, all_reduce, settle
+from pipeline.waiting import LIMIT, all_reduce, settle, watch
 
 
 class Pair:
@@ -31,6 +31,7 @@ class Pair:
     def __init__(self, group: dist.ProcessGroup, limit: float = LIMIT) -> None:
         if group.size() != 2:
             raise ValueError(f"a pair is 2 towers, this group has {group.size()} ranks")
+        watch(group, limit)
         self.group = group
         self.tower = group.rank()
         self.limit, self.where = limit, "the first layer"

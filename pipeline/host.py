@@ -1,8 +1,11 @@
-"""Settings of a process that computes: allocator and threads, made before the first tensor."""
+"""Settings of a process that computes: allocator, threads and a GPU's algorithms, made before the
+first tensor.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -24,7 +27,19 @@ def keep_memory() -> bool:
     return all(mallopt(name, value) for name, value in settings)
 
 
-def prepare(threads: int) -> None:
-    """Makes this process ready to compute with so many threads."""
+def same_bits() -> None:
+    """Has a GPU do the same work in the same order each time, and torch refuse what it cannot."""
+    # cuBLAS may share its workspace out differently each time unless this is set before its start.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # A pass over every tensor that is made empty.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False  # or the fastest algorithm of the day is taken
+
+
+def prepare(threads: int, device: str = "cpu") -> None:
+    """Makes this process ready to compute on a kind of device, with so many threads."""
     keep_memory()
     torch.set_num_threads(threads)
+    if device == "cuda":
+        same_bits()

@@ -61,9 +61,8 @@ class _CrossEntropy(torch.autograd.Function):
         if pair:
             pair.sum_(ranks)
 
-        softmax = exponents.div_(total[:, None])
-        softmax[torch.arange(len(own), device=own.device), own] -= mine.to(softmax)
-        ctx.save_for_backward(softmax)
+        truth = (classes == labels[:, None]).to(exponents)
+        ctx.save_for_backward(exponents.div_(total[:, None]).sub_(truth))
         ctx.mark_non_differentiable(ranks)
         return loss, ranks
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.tracing import Trace, clock
-from pipeline.waiting import LIMIT, all_reduce, settle
+from pipeline.waiting import LIMIT, all_reduce, settle, watch
 
 Kind = Literal["1f1b", "gpipe"]
 Action = tuple[Literal["forward", "backward"], int]
@@ -44,6 +44,8 @@ class Line:
     def __init__(
         self, down: dist.ProcessGroup, up: dist.ProcessGroup, limit: float = LIMIT
     ) -> None:
+        for group in (down, up):
+            watch(group, limit)
         self.down, self.up, self.limit = down, up, limit
         self.stage, self.stages = down.rank(), down.size()
         self.waited, self.bytes_sent = 0.0, 0

@@ -15,7 +15,7 @@ from pipeline.optimizer import SGD
 from pipeline.schedule import Averager, Kind, Line, order
 from pipeline.tower import Dropout, Tower
 from pipeline.tracing import Trace, clock
-from pipeline.waiting import LIMIT, all_reduce
+from pipeline.waiting import LIMIT, all_reduce, watch
 
 
 class NotANumber(RuntimeError):
@@ -39,6 +39,17 @@ class Images:
     def count(self) -> int:
         """How many images."""
         return len(self.labels if self.places is None else self.places)
+
+    def on_gpu(self, beside: torch.cuda.Stream) -> Images:
+        """The same in a GPU's memory, copied in a stream of its own while steps go on."""
+        places = torch.arange(self.count) if self.places is None else self.places
+        tensors = (self.crops, self.labels, self.shifts, places)
+        with torch.cuda.stream(beside):
+            moved = [t.pin_memory().to(beside.device, non_blocking=True) for t in tensors]
+        beside.synchronize()
+        for t in moved:  # the memory is not used anew until the steps are through with it
+            t.record_stream(torch.cuda.default_stream(beside.device))
+        return Images(*moved)
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,8 @@ class Trainer:
     ) -> None:
         self.tower, self.optimizer, self.pair = tower, optimizer, pair
         self.replicas = replicas if replicas and replicas.size() > 1 else None
+        if self.replicas:
+            watch(self.replicas, limit)
         self.seed, self.scale, self.microbatches = seed, scale, microbatches
         self.line, self.schedule = line, schedule
         self.stage, self.stages = (line.stage, line.stages) if line else (0, 1)
@@ -125,7 +138,9 @@ class Trainer:
         loss.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        count = int(self._over_replicas(torch.tensor([images.count], device=self.device)))
+        count = images.count
+        if self.replicas:
+            count = int(self._over_replicas(torch.tensor([count], device=self.device)))
         parts = self._parts(images)
         sums, kept = self._zeros(), dict[int, tuple[Tensor, Tensor]]()
         for action, m in order(self.schedule, self.stage, self.stages, len(parts)):
@@ -163,7 +178,8 @@ class Trainer:
         """Start, end and places of each micro-batch; none of a batch without images."""
         places = torch.arange(images.count) if images.places is None else images.places
         parts, end = [], 0
-        for part in places.to(self.device).chunk(self.microbatches) if len(places) else ():
+        places = places.to(self.device, non_blocking=True)
+        for part in places.chunk(self.microbatches) if len(places) else ():
             start, end = end, end + len(part)
             parts.append((start, end, part))
         return parts
@@ -189,7 +205,7 @@ class Trainer:
         labels = images.labels[start:end].to(self.device, non_blocking=True)
         loss, ranks = cross_entropy(y, labels, self.tower.first_class, self.pair)
         wrong1, wrong5 = (ranks >= 1).sum(), (ranks >= 5).sum()
-        sums = torch.stack([loss.new_tensor(end - start), loss.detach(), wrong1, wrong5])
+        sums = torch.stack([loss.new_full((), end - start), loss.detach(), wrong1, wrong5])
         self.trace.add("forward", name, begun)
         return x, loss, sums
 

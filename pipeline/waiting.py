@@ -16,6 +16,12 @@ class Stuck(RuntimeError):
     """Another rank did not answer within the limit; the message says who waited, and where."""
 
 
+def watch(group: dist.ProcessGroup, limit: float) -> None:
+    """Has NCCL end the process of a rank that waits longer in this group; nothing without NCCL."""
+    if _of_gpus(group):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=limit), group)
+
+
 def all_reduce(
     x: Tensor,
     group: dist.ProcessGroup,
@@ -30,10 +36,10 @@ def all_reduce(
 
 def settle(work: Any, group: dist.ProcessGroup, where: str, limit: float) -> None:
     """Waits for an operation of a group. Raises Stuck, naming the ranks and `where`, after `limit`
-    seconds. On a GPU the host goes on at once, and NCCL's own watchdog has the limit.
+    seconds. On a GPU the host goes on at once, and NCCL's own watchdog has the limit (`watch`).
     """
-    if dist.get_backend(group) == "nccl":
-        work.wait()
+    if _of_gpus(group):
+        work.wait()  # with a time to wait it would be the host that stands still
         return
     try:
         done = work.wait(timedelta(seconds=limit))
@@ -45,3 +51,8 @@ def settle(work: Any, group: dist.ProcessGroup, where: str, limit: float) -> Non
         me = dist.get_rank()
         others = [str(rank) for rank in dist.get_process_group_ranks(group) if rank != me]
         raise Stuck(f"rank {me} waited {limit:g} s for rank {' or '.join(others)} at {where}")
+
+
+def _of_gpus(group: dist.ProcessGroup) -> bool:
+    # A group of both kinds of device calls itself cpu:gloo,cuda:nccl.
+    return "nccl" in dist.get_backend(group)

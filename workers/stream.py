@@ -28,17 +28,27 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 class Stream:
     """A rank's view of the feed: its replica's images, item after item from `start` to `stop`.
 
-    Without `pixels`, only labels and places come. A thread fetches what comes next while the rank
-    computes. `waited` (seconds that the rank stood still for data) adds up; `skipped`, `faults` and
-    `node` (that made it) are those of the last item.
+    Without `pixels`, only labels and places come. A thread fetches what comes next, as far as a
+    GPU's memory if that is the `device`, while the rank computes. `waited` (seconds that the rank
+    stood still for data) adds up; `skipped`, `faults` and `node` (that made it) are those of the
+    last item.
     """
 
     def __init__(
-        self, feed: Any, replica: int, start: int, stop: int, *, pixels: bool = True
+        self,
+        feed: Any,
+        replica: int,
+        start: int,
+        stop: int,
+        *,
+        pixels: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         self.waited, self.skipped, self.pixels = 0.0, 0, pixels
         self.faults: list[str] = []
         self.node = ""
+        gpu = device is not None and device.type == "cuda"
+        self._beside = torch.cuda.Stream(device) if gpu else None
         self._ready: queue.Queue[Any] = queue.Queue(maxsize=1)
         threading.Thread(target=self._fetch, args=(feed, replica, start, stop), daemon=True).start()
 
@@ -48,18 +58,16 @@ class Stream:
         Raises DataError for data that the run may not go on without.
         """
         start = time.perf_counter()
-        part = self._ready.get()
+        got = self._ready.get()
         self.waited += time.perf_counter() - start
-        if isinstance(part, BaseException):
-            raise part
-        if part is None:
+        if isinstance(got, BaseException):
+            raise got
+        if got is None:
             return None
-        if part.error:
-            raise DataError(part.error)
+        part, images = got
         batch = part.batch
         self.skipped, self.faults, self.node = batch.skipped, batch.faults, part.node
-        arrays = (batch.crops, batch.labels, batch.shifts, part.places)
-        return Images(*map(torch.from_numpy, arrays))
+        return images
 
     def _fetch(self, feed: Any, replica: int, start: int, stop: int) -> None:
         try:
@@ -72,7 +80,8 @@ class Stream:
                 # The next answer comes while this block is on its way.
                 more = index + 1 < stop
                 asked = feed.take.remote(index + 1, replica, self.pixels) if more else None
-                self._ready.put(self._unpacked(taken, feed, index, replica))
+                part = self._unpacked(taken, feed, index, replica)
+                self._ready.put((part, self._images(part)))
         except BaseException as error:
             self._ready.put(error)
 
@@ -84,3 +93,11 @@ class Stream:
             taken = ray.get(feed.again.remote(index, replica, self.pixels))
             tables = ray.get([ref for ref in taken if ref])
         return unpack(tables[0] if self.pixels else None, tables[-1])
+
+    def _images(self, part: Part) -> Images:
+        if part.error:
+            raise DataError(part.error)
+        batch = part.batch
+        arrays = (batch.crops, batch.labels, batch.shifts, part.places)
+        images = Images(*map(torch.from_numpy, arrays))
+        return images.on_gpu(self._beside) if self._beside else images

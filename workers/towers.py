@@ -51,7 +51,7 @@ class TowerActor:
     """One rank, as a Ray actor. `address`, then `join` on every rank, then `train`."""
 
     def __init__(self, job: Job, rank: int) -> None:
-        host.prepare(job.placement.threads)
+        host.prepare(job.placement.threads, job.placement.device)
         self.job, self.rank = job, rank
 
     def address(self) -> tuple[str, int]:
@@ -124,7 +124,7 @@ class TowerActor:
         self.progress: dict[str, Any] = {"step": 0, "skipped": 0, "evaluations": []}
         if resume:
             self.progress = checkpoint.load(resume, self.tower, self.optimizer, self.mesh)
-        slow = native.missing() if device.type == "cpu" and config.lrn else ""
+        slow = native.missing(device.type) if config.lrn else ""
         return {**self.progress, "slow": slow}
 
     def train(self, feed: Any, start: int) -> Iterator[dict[str, Any]]:
@@ -134,7 +134,7 @@ class TowerActor:
         """
         config, itinerary = self.job.config, self.job.itinerary
         schedule, evaluations = config.rates(), self.progress["evaluations"]
-        stream = Stream(feed, self.replica, start, len(itinerary), pixels=self.trainer.first)
+        stream = self._stream(feed, start, len(itinerary))
         peers = [peer for peer in (self.pair, self.line) if peer]
         meter, totals, evaluated = _Meter(peers, stream), Totals(), Totals()
         trace, begun = self.trainer.trace, 0
@@ -203,13 +203,17 @@ class TowerActor:
         rank waited for data; all ranks at once.
         """
         stop = start + steps
-        stream = Stream(feed, self.replica, start, stop, pixels=self.trainer.first)
+        stream = self._stream(feed, start, stop)
         begun = time.perf_counter()
         for step in range(start, stop):
             images = stream.next()
             assert images
             self.trainer.step(images, step)  # which ends with numbers on the host
         return time.perf_counter() - begun, stream.waited
+
+    def _stream(self, feed: Any, start: int, stop: int) -> Stream:
+        first, device = self.trainer.first, self.trainer.device
+        return Stream(feed, self.replica, start, stop, pixels=first, device=device)
 
     def _save(self) -> Iterator[dict[str, Any]]:
         """Starts to write a checkpoint, once the one before is written."""
