@@ -205,6 +205,7 @@ def make_trainer(
     cuts: Sequence[str] = (),
     schedule: Kind = "1f1b",
     frozen: range = range(0),
+    device: str = "cpu",
 ) -> Trainer:
     """This rank's trainer, as the tower actors of a run make theirs."""
     tower = Tower(
@@ -216,7 +217,7 @@ def make_trainer(
         compute=compute,
         layers=cut_network(network, mesh.stages, cuts)[place(mesh)[1]],
         frozen=frozen,
-    )
+    ).to(device)
     groups = devices(mesh)
     return Trainer(
         tower,
