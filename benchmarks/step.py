@@ -1,4 +1,5 @@
-"""A training step of `alexnet` against the same network in plain torch modules, on the same cores.
+"""A training step of `alexnet` against the same network in plain torch modules, on the same cores
+or GPU.
 
     python benchmarks/step.py [--batch 128] [--steps 3] [--only WORD] [--device cuda] [--json FILE]
 
@@ -11,13 +12,17 @@ because an allocator's settings are a process's:
 - "towers": this project's step in one process with a thread a core, and as two towers in two
   processes with half of them each; and without LRN, the bound to close in on.
 
-MFU is the share of a matrix product's rate measured in the same process just before. `--memory`
-lists what a step keeps for backward instead.
+MFU is the share of a matrix product's rate measured in the same process just before. On a GPU
+images lie in its memory already, as the stream brings them; plain modules have cuDNN try its
+algorithms out, Towers takes those that give the same bits, and "same bits" says whether two
+processes did. `--memory` lists what a step keeps for backward instead; operations.py times what it
+consists of.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -39,7 +44,10 @@ from pipeline.tower import Tower
 from pipeline.training import Images, Trainer
 
 CLASSES = 1000
+FIRST = 3  # steps before any is timed: the first one compiles
 PEER, KEPT = "as people run it", "our allocator settings"
+Made = tuple[Callable[[int], Any], Trainer | None]
+"""What takes a step of a number, and whose it is."""
 
 
 class Plain(nn.Module):
@@ -70,29 +78,31 @@ class Plain(nn.Module):
         return self.fc8(x)  # type: ignore[no-any-return]
 
 
-def images(batch: int, crop: int) -> Images:
-    """A batch of noise."""
+def images(batch: int, crop: int, device: str) -> Images:
+    """A batch of noise, on a GPU as the stream brings it there."""
     draw = torch.Generator().manual_seed(0)
     crops = torch.randint(0, 256, (batch, crop, crop, 3), dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, CLASSES, (batch,), generator=draw)
-    return Images(crops, labels, torch.zeros(batch, 3))
+    made = Images(crops, labels, torch.zeros(batch, 3))
+    return made.on_gpu(torch.cuda.Stream()) if device == "cuda" else made
 
 
-def plain(case: dict[str, Any]) -> Callable[[int], None]:
-    """A step of the peer."""
+def plain(case: dict[str, Any]) -> Made:
+    """The peer."""
     last = case["layout"] == "channels-last"
     layout = torch.channels_last if last else torch.contiguous_format
     device = case["device"]
+    torch.backends.cudnn.benchmark = True
     model: Any = Plain().to(device, memory_format=layout)
     if case.get("compiled"):
         model = torch.compile(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=5e-4)
-    criterion, batch = nn.CrossEntropyLoss(), images(case["batch"], 224)
-    labels = batch.labels.to(device)
+    criterion, batch = nn.CrossEntropyLoss(), images(case["batch"], 224, device)
+    labels = batch.labels
     half = case["precision"] == "bfloat16"
 
     def step(_: int) -> None:
-        x = batch.crops.to(device).permute(0, 3, 1, 2).float() - 120.0
+        x = batch.crops.permute(0, 3, 1, 2).float() - 120.0
         x = x.contiguous(memory_format=layout)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16, enabled=half):
@@ -100,7 +110,7 @@ def plain(case: dict[str, Any]) -> Callable[[int], None]:
         loss.backward()
         optimizer.step()
 
-    return step
+    return step, None
 
 
 def trainer(case: dict[str, Any], network: Network) -> Trainer:
@@ -119,21 +129,34 @@ def trainer(case: dict[str, Any], network: Network) -> Trainer:
     return Trainer(share, SGD(share.weights(), rate=0.001), mean, seed=0, pair=pair)
 
 
-def towers(case: dict[str, Any]) -> Callable[[int], None]:
-    """A step of ours."""
+def towers(case: dict[str, Any]) -> Made:
+    """Ours."""
     network = build("alexnet", CLASSES, lrn=case.get("lrn", True))
-    ours, batch = trainer(case, network), images(case["batch"], network.crop)
-    return lambda step: ours.step(batch, step) and None  # type: ignore[func-returns-value]
+    ours, batch = trainer(case, network), images(case["batch"], network.crop, case["device"])
+    return lambda step: ours.step(batch, step), ours
+
+
+def _hash(ours: Trainer) -> str:
+    digest = hashlib.sha256()
+    for weight in ours.tower.weights().values():
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def gemm_rate(precision: str, device: str) -> float:
-    """Floating-point operations a second of a product of square matrices, the best of ten."""
-    side = 2048 if device == "cpu" else 8192
-    a = torch.randn(side, side).to(device, getattr(torch, precision))
-    return 2 * side**3 / min(_seconds(lambda: a @ a) for _ in range(10))
+    """Floating-point operations a second of a product of square matrices, the best of some; on a
+    GPU in TF32 for float32, as its convolutions are.
+    """
+    side, times = (2048, 10) if device == "cpu" else (8192, 50)
+    a = torch.randn(side, side, device=device).to(getattr(torch, precision))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    seconds = min(timing(lambda: a @ a) for _ in range(times))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return 2 * side**3 / seconds
 
 
-def _seconds(job: Callable[[], Any]) -> float:
+def timing(job: Callable[[], Any]) -> float:
+    """Seconds until a job is done, by a GPU too."""
     _ready()
     start = time.perf_counter()
     job()
@@ -158,18 +181,40 @@ def work(network: Network) -> int:
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Runs one case in this process."""
     threads = max(1, case["cores"] // case.get("towers", 1))
+    device, peer = case["device"], case["name"] == "plain"
     if case.get("allocator", True):
-        host.prepare(threads)
+        host.prepare(threads, "cpu" if peer else device)
     torch.set_num_threads(threads)
-    rate = gemm_rate(case["precision"], case["device"])
-    step = (plain if case["name"] == "plain" else towers)(case)
-    for warm in range(2):
-        step(warm)
-    seconds = min(_seconds(lambda n=n: step(n)) for n in range(2, 2 + case["steps"]))  # type: ignore[misc]
-    speed = case["batch"] / seconds
+    rate = gemm_rate(case["precision"], device)
+    found = [timed({**case, "layout": layout}) for layout in case["layouts"]]
+    if "images/s" not in found[0]:
+        return found[0]
+    best = max(found, key=lambda one: float(one["images/s"]))
     network = build("alexnet", CLASSES)
-    mfu = speed * work(network) / (rate * case.get("towers", 1))
-    return {"images/s": speed, "GEMM GFLOP/s": rate / 1e9, "MFU": mfu}
+    mfu = best["images/s"] * work(network) / (rate * case.get("towers", 1))
+    return {**best, "GEMM GFLOP/s": rate / 1e9, "MFU": mfu}
+
+
+def timed(case: dict[str, Any]) -> dict[str, Any]:
+    """The rate of one case in one layout; on a GPU the weights after the first steps too, and no
+    more than those if no step is to be timed.
+    """
+    gpu, found = case["device"] == "cuda", {"layout": case["layout"]}
+    if case.get("compiled"):
+        torch.compiler.reset()  # or the second layout is taken for a change of shapes
+    step, ours = (plain if case["name"] == "plain" else towers)(case)
+    for first in range(FIRST):
+        step(first)
+    if gpu and ours:
+        found["weights"] = _hash(ours)
+    if not case["steps"]:
+        return found
+    # A GPU is asked for many steps at a time, and for a second before that, which wakes its clocks.
+    start, many = time.perf_counter(), 10 if gpu else 1
+    while gpu and time.perf_counter() - start < 1:
+        timing(lambda: step(FIRST))
+    turns = [timing(lambda: [step(FIRST) for _ in range(many)]) for _ in range(case["steps"])]
+    return {**found, "images/s": case["batch"] * many / min(turns)}
 
 
 def spawn(case: dict[str, Any]) -> dict[str, Any]:
@@ -198,12 +243,16 @@ def cases(batch: int, steps: int, cores: int, device: str) -> list[tuple[str, di
     ]
     if device != "cpu":  # an allocator has no such settings, and two processes no device each
         kinds = [(PEER, {}), (f"{PEER}, compiled", {"compiled": True})]
+    both = ["channels-first", "channels-last"]
+    # A process each where its allocator may matter, and one for both on a GPU: it starts slowly.
+    apart = [[layout] for layout in both] if device == "cpu" else [both]
+    common["layouts"] = ["channels-last"]
     for precision in ("float32", "bfloat16"):
         base = {**common, "precision": precision}
         for kind, more in kinds:
-            for layout in ("channels-first", "channels-last"):
+            for layouts in apart:
                 name = f"plain {precision}, {kind}"
-                found.append((name, {**base, "name": "plain", "layout": layout, **more}))
+                found.append((name, {**base, "name": "plain", "layouts": layouts, **more}))
         found.append((f"towers {precision}", {**base, "name": "towers"}))
         if device == "cpu":
             two = {**base, "name": "towers", "towers": 2}
@@ -227,7 +276,7 @@ def kept(batch: int, precision: str) -> list[dict[str, Any]]:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        ours.gradients(images(batch, network.crop), 0)
+        ours.gradients(images(batch, network.crop, "cpu"), 0)
     rows = sorted(seen.values(), key=lambda row: -row["MiB"])
     return [*rows, {"tensor": "all", "MiB": sum(row["MiB"] for row in rows)}]
 
@@ -254,9 +303,11 @@ def main() -> None:
         if options.only not in name:
             continue
         found = spawn(case)
-        print(f"{name} {case.get('layout', '')}: {found['images/s']:.1f} images/s", file=sys.stderr)
+        print(f"{name}, {found['layout']}: {found['images/s']:.1f} images/s", file=sys.stderr)
+        if weights := found.pop("weights", None):
+            found["same bits"] = spawn({**case, "steps": 0})["weights"] == weights
         if name not in best or found["images/s"] > best[name]["images/s"]:
-            best[name] = {"step": name, "layout": case.get("layout", "channels-last"), **found}
+            best[name] = {"step": name, **found}
     for name, row in best.items():
         precision = "bfloat16" if "bfloat16" in name else "float32"
         for column, against in (
@@ -267,7 +318,8 @@ def main() -> None:
         ):
             if against in best:
                 row[column] = row["images/s"] / best[against]["images/s"]
-    publish(f"alexnet, batch {options.batch}, {cores} cores", list(best.values()), options.json)
+    where = f"{cores} cores" if options.device == "cpu" else torch.cuda.get_device_name()
+    publish(f"alexnet, batch {options.batch}, {where}", list(best.values()), options.json)
 
 
 if __name__ == "__main__":
