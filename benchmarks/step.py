@@ -217,8 +217,8 @@ def timed(case: dict[str, Any]) -> dict[str, Any]:
     return {**found, "images/s": case["batch"] * many / min(turns)}
 
 
-def spawn(case: dict[str, Any]) -> dict[str, Any]:
-    """Runs one case in a process of its own, or its two towers in two."""
+def spawn(case: dict[str, Any]) -> dict[str, Any] | None:
+    """Runs one case in a process of its own, or its two towers in two; None if one failed."""
     count = case.get("towers", 1)
     store = f"file:///tmp/towers-step-{os.getpid()}-{time.monotonic_ns()}"
     ranks = []
@@ -228,7 +228,7 @@ def spawn(case: dict[str, Any]) -> dict[str, Any]:
         ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     answers = [rank.communicate()[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
-        raise SystemExit(f"{case} failed")
+        return None
     return dict(json.loads(answers[0].splitlines()[-1]))
 
 
@@ -299,13 +299,18 @@ def main() -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     best: dict[str, dict[str, Any]] = {}
+    failed = []
     for name, case in cases(options.batch, options.steps, cores or 1, options.device):
         if options.only not in name:
             continue
         found = spawn(case)
-        print(f"{name}, {found['layout']}: {found['images/s']:.1f} images/s", file=sys.stderr)
+        if not found:
+            failed.append(name)
+            continue
         if weights := found.pop("weights", None):
-            found["same bits"] = spawn({**case, "steps": 0})["weights"] == weights
+            again = spawn({**case, "steps": 0})
+            found["same bits"] = again is not None and again["weights"] == weights
+        print(name, found, file=sys.stderr)
         if name not in best or found["images/s"] > best[name]["images/s"]:
             best[name] = {"step": name, **found}
     for name, row in best.items():
@@ -320,6 +325,8 @@ def main() -> None:
                 row[column] = row["images/s"] / best[against]["images/s"]
     where = f"{cores} cores" if options.device == "cpu" else torch.cuda.get_device_name()
     publish(f"alexnet, batch {options.batch}, {where}", list(best.values()), options.json)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pipeline.native import Form
 from pipeline.network import Norm
 
 _THREADS = 128  # of a block; each has one chunk
+_once = triton.jit(do_not_specialize=["chunks"])  # or an epoch's last batch is compiled for
 
 
 def lrn(x: Tensor, grad: Tensor | None, out: Tensor, maps: int, norm: Norm, rectify: bool) -> None:
@@ -98,7 +99,7 @@ def _together(x, CHUNK: tl.constexpr):
     return tl.reshape(y, [x[0].shape[0], CHUNK])
 
 
-@triton.jit
+@_once
 def _lrn(
     x,
     grad,
@@ -166,7 +167,7 @@ def _lrn(
     tl.store(out + first, _together(made, CHUNK).to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@_once
 def _pool_forward(
     x,
     y,
@@ -206,7 +207,7 @@ def _pool_forward(
 
 
 # Each place sums the gradients of the windows whose maximum it is: nothing is written twice.
-@triton.jit
+@_once
 def _pool_backward(
     grad,
     kept,

@@ -138,9 +138,8 @@ class Trainer:
         loss.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        count = images.count
-        if self.replicas:
-            count = int(self._over_replicas(torch.tensor([count], device=self.device)))
+        # Over the hosts: on a GPU it would wait for the step before.
+        count = int(self._over_replicas(torch.tensor([images.count])))
         parts = self._parts(images)
         sums, kept = self._zeros(), dict[int, tuple[Tensor, Tensor]]()
         for action, m in order(self.schedule, self.stage, self.stages, len(parts)):

@@ -18,6 +18,8 @@ import torch
 from pipeline import native
 
 CUDA = torch.cuda.is_available()
+if CUDA:  # read at the first product of matrices
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @dataclass(frozen=True)
