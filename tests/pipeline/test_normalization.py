@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forms import COMPILED, FORMS, Form
+from forms import COMPILED, EXAMPLES, FORMS, Form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import error
@@ -132,7 +132,7 @@ def results(
     st.sampled_from([0.5, 0.75, 1.0]),
     st.integers(0, 99),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_every_form_is_the_same_mathematics(
     form: Form,
     dtype: torch.dtype,

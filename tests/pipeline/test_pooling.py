@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from forms import COMPILED, FORMS, Form
+from forms import COMPILED, EXAMPLES, FORMS, Form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -28,7 +28,7 @@ def noise(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
     st.sampled_from([1, 3, 48, 512, 600]),
     st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=EXAMPLES // 2, deadline=None)
 def test_it_is_torchs_max_pooling(
     form: Form,
     dtype: torch.dtype,
