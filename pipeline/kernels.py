@@ -9,6 +9,7 @@ of LRN's neighbours the whole chunks before and after: their windows are then su
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +18,8 @@ from pipeline.native import Form
 from pipeline.network import Norm
 
 _THREADS = 128  # of a block; each has one chunk
-_once = triton.jit(do_not_specialize=["chunks"])  # or an epoch's last batch is compiled for
+# Whatever their values, or an epoch's last batch and some steps would be compiled for anew.
+_once = triton.jit(do_not_specialize=["chunks", "places", "start", "low", "high", "bar"])
 
 
 def lrn(x: Tensor, grad: Tensor | None, out: Tensor, maps: int, norm: Norm, rectify: bool) -> None:
@@ -46,6 +48,17 @@ def pool_forward(x: Tensor, y: Tensor, place: Tensor, form: Form) -> None:
 
 def pool_backward(grad: Tensor, place: Tensor, out: Tensor, form: Form) -> None:
     _pool(_pool_backward, (grad, place, out), out, form)
+
+
+def keep_mask(
+    rows: Tensor, start: int, units: int, width: int, low: int, high: int, bar: int
+) -> Tensor:
+    keep = rows.new_empty((len(rows), units), dtype=torch.bool)
+    many = 8 * _THREADS
+    grid = (-(-keep.numel() // many),)
+    numbers = (keep.numel(), start, low, high, bar)
+    _keep_mask[grid](rows, keep, *numbers, UNITS=units, WIDTH=width, MANY=many)
+    return keep
 
 
 def _pool(kernel: object, tensors: tuple[Tensor, ...], out: Tensor, form: Form) -> None:
@@ -251,3 +264,33 @@ def _pool_backward(
         there = there & (maps < MAPS)
     at = (position.to(tl.int64) * MAPS)[:, None] + maps
     tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _mix(x):
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * -0x7B935975
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+@_once
+def _keep_mask(
+    rows,
+    keep,
+    places,
+    start,
+    low,
+    high,
+    bar,
+    UNITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MANY: tl.constexpr,
+):
+    place = tl.program_id(0) * MANY + tl.arange(0, MANY)
+    there = place < places
+    row = tl.load(rows + place // UNITS, mask=there, other=0)
+    counter = (row * WIDTH + start + place % UNITS).to(tl.int32)
+    bits = _mix(_mix(counter ^ low) + high)
+    tl.store(keep + place, ((bits >> 8) & 0xFFFFFF) >= bar, mask=there)

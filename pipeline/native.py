@@ -65,6 +65,15 @@ class Kernels(Protocol):
         """The gradient of x of that `form`: sums are in the order of their windows."""
 
 
+class GpuKernels(Kernels, Protocol):
+    """Those of a GPU, where a hash in torch would be some thirty launches."""
+
+    def keep_mask(
+        self, rows: Tensor, start: int, units: int, width: int, low: int, high: int, bar: int
+    ) -> Tensor:
+        """`randomness.keep_mask` with the key in two halves, of draws not under `bar` of 2^24."""
+
+
 def kernels(x: Tensor, maps: int, size: int = 1) -> Kernels | None:
     """The functions for tensors like x, with rows of so many maps and windows over `size` of them;
     None where there are none, or none that can.
@@ -73,6 +82,12 @@ def kernels(x: Tensor, maps: int, size: int = 1) -> Kernels | None:
     # What a row's part in the first-level cache, or a thread's registers, can hold.
     fits = maps <= 512 and size <= 33 if kind == "cpu" else size <= 17
     return _load(kind)[0] if fits and x.dtype in _DTYPES.get(kind, ()) else None
+
+
+def gpu_kernels() -> GpuKernels | None:
+    """Those of a GPU alone, None where there are none."""
+    found: GpuKernels | None = _load("cuda")[0]  # type: ignore[assignment]
+    return found
 
 
 def missing(kind: str = "cpu") -> str:

@@ -7,6 +7,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from pipeline import native
+
 
 def key(*parts: int | str) -> int:
     """A 63-bit key for these parts, e.g. (seed, "dropout", step, "fc6")."""
@@ -29,12 +31,14 @@ def keep_mask(rows: Tensor, start: int, units: int, width: int, drop: float, dra
     device of `rows`, true with probability 1 - drop. One process that asks for the whole layer and
     two that ask for a half each get the same bits.
     """
+    low, high = draw & 0x7FFFFFFF, (draw >> 31) & 0x7FFFFFFF
+    bar = round(drop * 2**24)  # 24 bits of the hash are plenty for a rate, and compare exactly
+    if rows.is_cuda and (kernels := native.gpu_kernels()):
+        return kernels.keep_mask(rows, start, units, width, low, high, bar)
     unit = torch.arange(start, start + units, device=rows.device)
     counter = (rows[:, None] * width + unit).to(torch.int32)
-    low, high = draw & 0x7FFFFFFF, (draw >> 31) & 0x7FFFFFFF
     bits = mix(mix(counter ^ low) + high)
-    # 24 bits of the hash are plenty for a rate, and compare exactly.
-    return ((bits >> 8) & 0xFFFFFF) >= round(drop * 2**24)
+    return ((bits >> 8) & 0xFFFFFF) >= bar
 
 
 def mix(x: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from forms import GPU, WHY_NOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -41,6 +44,22 @@ def test_a_slice_of_a_mask_is_the_mask_of_a_slice(
     whole = keep_mask(torch.arange(n), 0, width, width, 0.4, draw)
     part = keep_mask(rows, start, units, width, 0.4, draw)
     assert part.tolist() == whole[rows, start : start + units].tolist()
+
+
+@pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+@pytest.mark.parametrize(("start", "units", "width"), [(0, 4096, 4096), (48, 48, 96), (0, 7, 9)])
+@pytest.mark.parametrize("draw", [1, 2**62 - 1, key(0, "dropout", 3, "fc6")])
+def test_a_gpu_draws_the_same_mask(start: int, units: int, width: int, draw: int) -> None:
+    rows, drop = torch.tensor([0, 5, 2**20, 2**40 + 1]), 0.3
+    want = keep_mask(rows, start, units, width, drop, draw)
+    kernels: Any = GPU.kernels(torch.empty(1, device=GPU.device), 8)
+    halves = draw & 0x7FFFFFFF, (draw >> 31) & 0x7FFFFFFF
+    there = rows.to(GPU.device)
+    got = kernels.keep_mask(there, start, units, width, *halves, round(drop * 2**24))
+    assert got.dtype == torch.bool
+    assert torch.equal(got.cpu(), want)
+    if GPU.device == "cuda":
+        assert torch.equal(keep_mask(there, start, units, width, drop, draw), got)
 
 
 def test_masks_of_other_keys_are_unrelated() -> None:
