@@ -31,7 +31,8 @@ from datasets.shards import open_dataset
 from datasets.statistics import Statistics
 from workers.config import configure
 from workers.feed import Feed
-from workers.fleet import Fleet, Part, unpack
+from workers.fleet import Fleet
+from workers.parts import Part, unpack
 from workers.placement import cluster_nodes, decide
 
 BATCH, SECONDS = 128, 8.0  # images; how long each rate is measured, and waited before

@@ -42,6 +42,11 @@ def test_pipeline_imports_where_there_is_torch_alone() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_towers_start_without_ray_data() -> None:
+    code = "import sys, workers.towers\nassert not {'ray.data', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_the_command_line_starts_without_torch_and_ray() -> None:
     code = "import sys, workers.cli\nassert not {'torch', 'ray', 'pyarrow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

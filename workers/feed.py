@@ -11,7 +11,8 @@ from typing import Any
 import ray
 
 from datasets.augmentation import Loader
-from workers.fleet import READ_AHEAD, Fleet, Packed, Watch, pack
+from workers.fleet import READ_AHEAD, Fleet, Watch
+from workers.parts import Packed, pack
 
 STALL_SECONDS = 10.0
 """Without a batch that ranks wait for, before the fleet is started anew; longer for slow fleets."""

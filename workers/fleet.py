@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from ray.data._internal.execution.interfaces import TaskContext
 from ray.data._internal.logical.interfaces import LogicalPlan
@@ -30,6 +29,7 @@ from datasets.layout import Dataset
 from datasets.plan import Itinerary
 from datasets.statistics import Statistics
 from workers.config import Config
+from workers.parts import Packed, Part, pack
 from workers.placement import Placement, settle
 from workers.pool import Pool
 
@@ -37,31 +37,6 @@ SEGMENT = 16384  # blocks of one execution; Ray Data wants to know all of its in
 READ_AHEAD = 8  # finished batches that wait for the towers
 AHEAD = 4, 8  # blocks that an augmenter works on or has next, for large and for small ones
 AHEAD_BYTES = 16 << 20  # of crops, if that is between the two
-
-
-@dataclass(frozen=True)
-class Packed:
-    """References to a part's pixels and to the rest of it, the same if they are not apart; the id
-    of the Ray node that made it and holds it.
-    """
-
-    pixels: Any
-    rest: Any
-    node: str
-
-
-@dataclass(frozen=True)
-class Part:
-    """A replica's part of a batch.
-
-    `places` int64 [n]: each image's place in the global batch. A fault that ends the run stands in
-    `error`, and then there are no images. `node` is the Ray node it was made on.
-    """
-
-    batch: Batch
-    places: NDArray[np.int64]
-    error: str = ""
-    node: str = ""
 
 
 class Fleet:
@@ -245,45 +220,6 @@ def _alike(n: int) -> Any:
     return MaterializedDataset(LogicalPlan(source, context), context, stats)
 
 
-def pack(part: Part, apart: bool) -> tuple[pa.Table, ...]:
-    """A part as a table of one row; if `apart`, as two of one schema, so that stages without pixels
-    receive none: crops and shifts, and all the rest. The crops are not copied.
-    """
-    batch, none = part.batch, np.zeros(0, np.uint8)
-
-    def table(pixels: bool, rest: bool) -> pa.Table:
-        return pa.table(
-            {
-                "crops": _binary(batch.crops if pixels else none),
-                "shifts": _binary(batch.shifts if pixels else none),
-                "labels": _binary(batch.labels if rest else none),
-                "rows": _binary(batch.rows if rest else none),
-                "places": _binary(part.places if rest else none),
-                "skipped": [batch.skipped],
-                "faults": pa.array([batch.faults if rest else []], pa.list_(pa.string())),
-                "error": [part.error],
-                "node": [part.node],
-            }
-        )
-
-    return (table(True, False), table(False, True)) if apart else (table(True, True),)
-
-
-def unpack(pixels: pa.Table | None, rest: pa.Table) -> Part:
-    """What `pack` packed, as read-only views of the tables' memory; no crops without `pixels`."""
-    labels = _array(rest, "labels", np.int64)
-    crops, shifts = np.zeros((0, 0, 0, 3), np.uint8), np.zeros((0, 3), np.float32)
-    if pixels is not None:
-        flat = _array(pixels, "crops", np.uint8)
-        side = round((flat.size / 3 / max(1, len(labels))) ** 0.5)
-        crops = flat.reshape(len(labels), side, side, 3)
-        shifts = _array(pixels, "shifts", np.float32).reshape(-1, 3)
-    skipped, faults = rest["skipped"][0].as_py(), rest["faults"][0].as_py()
-    batch = Batch(crops, labels, shifts, _array(rest, "rows", np.int64), skipped, faults)
-    error, node = (rest[name][0].as_py() for name in ("error", "node"))
-    return Part(batch, _array(rest, "places", np.int64), error, node)
-
-
 def part_bytes(config: Config, crop: int) -> int:
     """Of one replica's part of a batch."""
     return -(-config.batch // config.replicas) * (crop * crop * 3 + 32) + 4096
@@ -304,16 +240,6 @@ def blocks_ahead(size: int) -> int:
     Ray Data looks after its actors ten times a second: what they have must last till then.
     """
     return min(max(AHEAD_BYTES // size, AHEAD[0]), AHEAD[1])
-
-
-def _binary(values: NDArray[Any]) -> pa.Array:
-    values = np.ascontiguousarray(values)
-    ends = pa.py_buffer(np.array([0, values.nbytes], np.int64))
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(values)])
-
-
-def _array(table: pa.Table, name: str, dtype: Any) -> NDArray[Any]:
-    return np.frombuffer(table[name][0].as_buffer(), dtype)
 
 
 def _fault(crop: int, error: str) -> Part:

@@ -12,7 +12,6 @@ from typing import Any
 import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.autoscaler.v2.sdk import get_cluster_status
-from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import (
     PlacementGroup,
@@ -151,6 +150,9 @@ def settle() -> None:
     """Returns once Ray's autoscaler has heard what executions of Ray Data in this process ask for,
     or no longer do: a wish that a process has not taken back outlives it for three minutes.
     """
+    # Here, as Ray Data takes a second to import, which towers do without.
+    from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
+
     ray.get(get_or_create_autoscaling_coordinator().__ray_ready__.remote())
 
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from workers.parts import Packed, pack
 from workers.placement import AUGMENT, SHARE
 
 if TYPE_CHECKING:
     from datasets.augmentation import Loader
-    from workers.fleet import Fleet, Packed
+    from workers.fleet import Fleet
 
 AHEAD = 2  # parts that a run has under way or asked for, an augmenter
 
@@ -59,8 +60,6 @@ class Pool:
 
     def parts(self, fleet: Fleet, blocks: Iterable[tuple[int, int]]) -> Iterator[Packed]:
         """The packed part of each (item, replica), in order, a bounded number of them ahead."""
-        from workers.fleet import Packed
-
         shared = [ray.put(fleet)]  # in a list, so that Ray does not send it with each call
         turns, waiting = cycle(self.augmenters), deque[list[Any]]()
         left = iter(blocks)
@@ -85,8 +84,6 @@ class PooledAugmenter:
 
     def make(self, shared: list[Any], index: int, replica: int) -> tuple[Any, ...]:
         """The tables of a part, and the node that holds them."""
-        from workers.fleet import pack
-
         fleet, loaders = self._known(shared[0])
         part = fleet.load(index, replica, loaders)
         return *pack(replace(part, node=self.node), fleet.apart), self.node

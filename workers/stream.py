@@ -16,7 +16,7 @@ import torch
 
 from datasets import DataError
 from pipeline.training import Images
-from workers.fleet import Part, unpack
+from workers.parts import Part, unpack
 
 FETCH_SECONDS = 5.0
 """That a rank waits for a part's bytes before it asks for the part anew."""
