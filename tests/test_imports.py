@@ -42,11 +42,14 @@ def test_pipeline_imports_where_there_is_torch_alone() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_towers_start_without_ray_data() -> None:
-    code = "import sys, workers.towers\nassert not {'ray.data', 'pandas'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_the_command_line_starts_without_torch_and_ray() -> None:
-    code = "import sys, workers.cli\nassert not {'torch', 'ray', 'pyarrow'} & set(sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("workers.cli", {"torch", "ray", "pyarrow"}),
+        ("workers.supervisor", {"torch", "ray.data"}),  # imported while Ray starts
+        ("workers.towers", {"ray.data", "pandas"}),
+    ],
+)
+def test_nothing_is_imported_that_a_start_has_to_wait_for(module: str, absent: set[str]) -> None:
+    code = f"import sys, {module}\nassert not {absent} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

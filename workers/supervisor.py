@@ -25,9 +25,7 @@ from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import check_classes, classes_of, drawn, keep, statistics_of
 from workers.errors import RunFailed
-from workers.fleet import Fleet
 from workers.gauges import Gauges
-from workers.initial import read_initial
 from workers.placement import Placement
 from workers.pool import Pool
 from workers.progress import Progress
@@ -35,6 +33,8 @@ from workers.run import RunFolder
 
 if TYPE_CHECKING:
     from workers.actors import Actors
+    from workers.fleet import Fleet
+    from workers.initial import Initial
     from workers.towers import Job
 
 LOOK_SECONDS = 2.0  # between looks at what `towers scale` wants
@@ -64,9 +64,9 @@ def train(
         dataset.shards("train")
         check_classes(dataset)
     folder = RunFolder(config, resume=None if deaths else resume)
-    # torch takes seconds to be imported, and Ray to start: both at a time.
+    # torch and Ray Data take seconds to be imported, and Ray to start: both at a time.
     threading.Thread(target=import_module, args=("workers.actors",), daemon=True).start()
-    initial = read_initial(config) if config.init and not folder.checkpoints() else None
+    initial = _initial(config) if config.init and not folder.checkpoints() else None
     with connected():
         where = placement.place(config, progress.say, pool.runs if pool else 0)
         if not config.shards:
@@ -76,6 +76,8 @@ def train(
         statistics = statistics_of(dataset, config, folder, where, progress)
         config = replace(config, towers=where.mesh.towers)
         job = _job(config, where, dataset, statistics, folder)
+        from workers.fleet import Fleet
+
         fleet = Fleet(dataset, job.itinerary, config, where, statistics, pool)
         if advice := config.advice(len(dataset.classes)):
             progress.say(advice)
@@ -92,6 +94,12 @@ def train(
                 return run.result()
         finally:
             folder.close()
+
+
+def _initial(config: Config) -> Initial:
+    from workers.initial import read_initial
+
+    return read_initial(config)
 
 
 def _job(
