@@ -48,6 +48,7 @@ def test_pipeline_imports_where_there_is_torch_alone() -> None:
         ("workers.cli", {"torch", "ray", "pyarrow"}),
         ("workers.supervisor", {"torch", "ray.data"}),  # imported while Ray starts
         ("workers.towers", {"ray.data", "pandas"}),
+        ("workers.feed", {"torch", "ray.data", "pandas"}),  # towers have a handle of it
     ],
 )
 def test_nothing_is_imported_that_a_start_has_to_wait_for(module: str, absent: set[str]) -> None:

@@ -29,12 +29,12 @@ from datasets.layout import Dataset
 from datasets.plan import Itinerary
 from datasets.statistics import Statistics
 from workers.config import Config
-from workers.parts import Packed, Part, pack
-from workers.placement import Placement, settle
+from workers.parts import READ_AHEAD, Packed, Part, pack
+from workers.placement import Placement
 from workers.pool import Pool
+from workers.watch import Watch
 
 SEGMENT = 16384  # blocks of one execution; Ray Data wants to know all of its input at the start
-READ_AHEAD = 8  # finished batches that wait for the towers
 AHEAD = 4, 8  # blocks that an augmenter works on or has next, for large and for small ones
 AHEAD_BYTES = 16 << 20  # of crops, if that is between the two
 
@@ -163,49 +163,6 @@ class Augmenter:
         assert task
         part = self.fleet.load(*self.fleet.named(self.blocks[task.task_idx]), self.loaders)
         yield from pack(replace(part, node=self.node), self.fleet.apart)
-
-
-class Watch:
-    """How many augmenters run now, as the execution under way knows it."""
-
-    def __init__(self) -> None:
-        self.executor: Any = None
-        self.pooled = 0  # augmenters that are shared with other runs, if they are
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        # Ray Data sends its settings, and so the callback, to every task; the executor stays.
-        return Watch, ()
-
-    def callback(self) -> type:
-        """A class that Ray Data makes an instance of, which tells us of the execution."""
-        from ray.data._internal.execution.execution_callback import ExecutionCallback
-
-        class Started(ExecutionCallback):
-            def before_execution_starts(_, executor: Any) -> None:
-                self.executor = executor
-
-        return Started
-
-    def end(self) -> None:
-        """Ends the execution, whatever it waits for."""
-        if self.executor:
-            self.executor.shutdown(force=True)
-
-    def release(self) -> None:
-        """Ends it, and returns once Ray's autoscaler is no longer asked for its nodes."""
-        if self.executor:
-            self.end()
-            settle()
-
-    @property
-    def operators(self) -> list[Any]:
-        """Ray Data's physical operators; none before the first execution."""
-        return list(getattr(self.executor, "_topology", None) or ())
-
-    @property
-    def augmenters(self) -> int:
-        """Augmenters that run."""
-        return self.pooled or sum(op.get_actor_info().running for op in self.operators)
 
 
 def _alike(n: int) -> Any:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from datasets.augmentation import Batch
 
+READ_AHEAD = 8  # finished batches that wait for the towers
+
 
 @dataclass(frozen=True)
 class Packed:

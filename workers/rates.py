@@ -18,7 +18,8 @@ from workers.actors import Actors, end
 from workers.cluster import connected
 from workers.config import Config
 from workers.feed import Feed
-from workers.fleet import READ_AHEAD, Fleet
+from workers.fleet import Fleet
+from workers.parts import READ_AHEAD
 from workers.placement import Placement
 from workers.progress import Progress
 from workers.towers import Job

@@ -20,10 +20,11 @@ from datasets.shards import open_dataset
 from datasets.statistics import Statistics
 from workers.config import configure
 from workers.feed import Feed
-from workers.fleet import Fleet, Watch, part_bytes, store_bytes
+from workers.fleet import Fleet, part_bytes, store_bytes
 from workers.measure import measure
 from workers.parts import Part, pack, unpack
 from workers.placement import Placement, cluster_nodes, decide
+from workers.watch import Watch
 
 NAMES = ("crops", "labels", "shifts", "rows")
 
