@@ -310,7 +310,7 @@ def main() -> None:
         if weights := found.pop("weights", None):
             again = spawn({**case, "steps": 0})
             found["same bits"] = again is not None and again["weights"] == weights
-        print(name, found, file=sys.stderr)
+        print(f"{name}, {found['layout']}: {found['images/s']:.1f} images/s", file=sys.stderr)
         if name not in best or found["images/s"] > best[name]["images/s"]:
             best[name] = {"step": name, **found}
     for name, row in best.items():
