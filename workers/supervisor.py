@@ -34,7 +34,6 @@ from workers.run import RunFolder
 if TYPE_CHECKING:
     from workers.actors import Actors
     from workers.fleet import Fleet
-    from workers.initial import Initial
     from workers.towers import Job
 
 LOOK_SECONDS = 2.0  # between looks at what `towers scale` wants
@@ -66,8 +65,14 @@ def train(
     folder = RunFolder(config, resume=None if deaths else resume)
     # torch and Ray Data take seconds to be imported, and Ray to start: both at a time.
     threading.Thread(target=import_module, args=("workers.actors",), daemon=True).start()
-    initial = _initial(config) if config.init and not folder.checkpoints() else None
+    initial = None
+    if config.init and not folder.checkpoints():
+        from workers.initial import read_initial
+
+        initial = read_initial(config)
     with connected():
+        from workers.fleet import Fleet
+
         where = placement.place(config, progress.say, pool.runs if pool else 0)
         if not config.shards:
             dataset = drawn(folder.url, progress)
@@ -76,8 +81,6 @@ def train(
         statistics = statistics_of(dataset, config, folder, where, progress)
         config = replace(config, towers=where.mesh.towers)
         job = _job(config, where, dataset, statistics, folder)
-        from workers.fleet import Fleet
-
         fleet = Fleet(dataset, job.itinerary, config, where, statistics, pool)
         if advice := config.advice(len(dataset.classes)):
             progress.say(advice)
@@ -94,12 +97,6 @@ def train(
                 return run.result()
         finally:
             folder.close()
-
-
-def _initial(config: Config) -> Initial:
-    from workers.initial import read_initial
-
-    return read_initial(config)
 
 
 def _job(
