@@ -46,7 +46,6 @@ def test_pipeline_imports_where_there_is_torch_alone() -> None:
     ("module", "absent"),
     [
         ("workers.cli", {"torch", "ray", "pyarrow"}),
-        ("workers.supervisor", {"torch", "ray.data"}),  # imported while Ray starts
         ("workers.towers", {"ray.data", "pandas"}),
         ("workers.feed", {"torch", "ray.data", "pandas"}),  # towers have a handle of it
     ],

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -25,7 +24,9 @@ from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import check_classes, classes_of, drawn, keep, statistics_of
 from workers.errors import RunFailed
+from workers.fleet import Fleet
 from workers.gauges import Gauges
+from workers.initial import read_initial
 from workers.placement import Placement
 from workers.pool import Pool
 from workers.progress import Progress
@@ -33,7 +34,6 @@ from workers.run import RunFolder
 
 if TYPE_CHECKING:
     from workers.actors import Actors
-    from workers.fleet import Fleet
     from workers.towers import Job
 
 LOOK_SECONDS = 2.0  # between looks at what `towers scale` wants
@@ -63,16 +63,8 @@ def train(
         dataset.shards("train")
         check_classes(dataset)
     folder = RunFolder(config, resume=None if deaths else resume)
-    # torch and Ray Data take seconds to be imported, and Ray to start: both at a time.
-    threading.Thread(target=import_module, args=("workers.actors",), daemon=True).start()
-    initial = None
-    if config.init and not folder.checkpoints():
-        from workers.initial import read_initial
-
-        initial = read_initial(config)
+    initial = read_initial(config) if config.init and not folder.checkpoints() else None
     with connected():
-        from workers.fleet import Fleet
-
         where = placement.place(config, progress.say, pool.runs if pool else 0)
         if not config.shards:
             dataset = drawn(folder.url, progress)
