@@ -22,7 +22,6 @@ consists of.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -36,7 +35,7 @@ import torch.nn.functional as F
 from table import publish
 from torch import Tensor, nn
 
-from pipeline import host
+from pipeline import checkpoint, host
 from pipeline.crossing import Pair
 from pipeline.network import Network, build
 from pipeline.optimizer import SGD
@@ -136,13 +135,6 @@ def towers(case: dict[str, Any]) -> Made:
     return lambda step: ours.step(batch, step), ours
 
 
-def _hash(ours: Trainer) -> str:
-    digest = hashlib.sha256()
-    for weight in ours.tower.weights().values():
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def gemm_rate(precision: str, device: str) -> float:
     """Floating-point operations a second of a product of square matrices, the best of some; on a
     GPU in TF32 for float32, as its convolutions are.
@@ -206,7 +198,7 @@ def timed(case: dict[str, Any]) -> dict[str, Any]:
     for first in range(FIRST):
         step(first)
     if gpu and ours:
-        found["weights"] = _hash(ours)
+        found["weights"] = checkpoint.sha256(ours.tower.weights())
     if not case["steps"]:
         return found
     # A GPU is asked for many steps at a time, and for a second before that, which wakes its clocks.

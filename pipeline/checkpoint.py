@@ -11,7 +11,7 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -156,10 +156,15 @@ def load_weights(path: str) -> dict[str, Tensor]:
 
 def weights_sha256(path: str) -> str:
     """SHA-256 over the whole network's weights in the order of their names."""
+    return sha256(load_weights(path))
+
+
+def sha256(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over weights, on any device, in the order of their names."""
     digest = hashlib.sha256()
-    for name, weight in sorted(load_weights(path).items()):
+    for name, weight in sorted(weights.items()):
         digest.update(name.encode())
-        digest.update(weight.contiguous().view(torch.uint8).numpy().data)
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -40,10 +40,14 @@ class Images:
         """How many images."""
         return len(self.labels if self.places is None else self.places)
 
+    @property
+    def placed(self) -> Tensor:
+        """The place of each in the global batch, int64 [count]."""
+        return torch.arange(self.count) if self.places is None else self.places
+
     def on_gpu(self, beside: torch.cuda.Stream) -> Images:
         """The same in a GPU's memory, copied in a stream of its own while steps go on."""
-        places = torch.arange(self.count) if self.places is None else self.places
-        tensors = (self.crops, self.labels, self.shifts, places)
+        tensors = (self.crops, self.labels, self.shifts, self.placed)
         with torch.cuda.stream(beside):
             moved = [t.pin_memory().to(beside.device, non_blocking=True) for t in tensors]
         beside.synchronize()
@@ -175,9 +179,8 @@ class Trainer:
 
     def _parts(self, images: Images) -> list[tuple[int, int, Tensor]]:
         """Start, end and places of each micro-batch; none of a batch without images."""
-        places = torch.arange(images.count) if images.places is None else images.places
         parts, end = [], 0
-        places = places.to(self.device, non_blocking=True)
+        places = images.placed.to(self.device, non_blocking=True)
         for part in places.chunk(self.microbatches) if len(places) else ():
             start, end = end, end + len(part)
             parts.append((start, end, part))

@@ -56,7 +56,7 @@ def _gpu() -> Form:
     return Form("interpreter", "cpu", of, 1.01)  # which cuts bits off instead of rounding
 
 
-EXAMPLES = 10 if CUDA else 40  # a GPU's kernels are compiled for each, which takes a second
+EXAMPLES = 10 if CUDA else 60  # a GPU's kernels are compiled for each, which takes a second
 PROCESSOR = Form("processor", "cpu", native.kernels)
 TORCH = Form("torch", "cuda" if CUDA else "cpu", lambda *_: None)
 GPU = _gpu()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 import warnings
@@ -13,7 +12,7 @@ import torch
 from forms import CUDA
 from ranks import assert_same, assert_totals, batch, make_trainer
 
-from pipeline import host
+from pipeline import checkpoint, host
 from pipeline.network import build
 
 on_gpu = pytest.mark.skipif(not CUDA, reason="no GPU")
@@ -29,10 +28,7 @@ def steps(device: str, precision: str, network: str) -> str:
     )
     for step in range(3):
         trainer.step(batch(table, 64, step), step)
-    digest = hashlib.sha256()
-    for weight in trainer.tower.weights().values():
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return checkpoint.sha256(trainer.tower.weights())
 
 
 @pytest.mark.parametrize(
