@@ -19,7 +19,7 @@ from pipeline.network import Norm
 
 _THREADS = 128  # of a block; each has one chunk
 # Whatever their values, or an epoch's last batch and some steps would be compiled for anew.
-_once = triton.jit(do_not_specialize=["chunks", "places", "start", "low", "high", "bar"])
+_once = triton.jit(do_not_specialize=["chunks", "places", "start", "bar"])
 
 
 def lrn(x: Tensor, grad: Tensor | None, out: Tensor, maps: int, norm: Norm, rectify: bool) -> None:
@@ -43,27 +43,28 @@ def lrn(x: Tensor, grad: Tensor | None, out: Tensor, maps: int, norm: Norm, rect
 
 
 def pool_forward(x: Tensor, y: Tensor, place: Tensor, form: Form) -> None:
-    _pool(_pool_forward, (x, y, place), y, form)
+    _pool(_pool_forward, (x, y, place), y.numel() // form[0], form)
 
 
 def pool_backward(grad: Tensor, place: Tensor, out: Tensor, form: Form) -> None:
-    _pool(_pool_backward, (grad, place, out), out, form)
+    _, height, width, _, stride, *_ = form
+    cells = len(out) * -(-height // stride) * -(-width // stride)
+    _pool(_pool_backward, (grad, place, out), cells, form)
 
 
-def keep_mask(
-    rows: Tensor, start: int, units: int, width: int, low: int, high: int, bar: int
-) -> Tensor:
+def keep_mask(rows: Tensor, start: int, units: int, width: int, draw: Tensor, bar: int) -> Tensor:
     keep = rows.new_empty((len(rows), units), dtype=torch.bool)
     many = 8 * _THREADS
     grid = (-(-keep.numel() // many),)
-    numbers = (keep.numel(), start, low, high, bar)
-    _keep_mask[grid](rows, keep, *numbers, UNITS=units, WIDTH=width, MANY=many)
+    _keep_mask[grid](
+        rows, keep, draw, keep.numel(), start, bar, UNITS=units, WIDTH=width, MANY=many
+    )
     return keep
 
 
-def _pool(kernel: object, tensors: tuple[Tensor, ...], out: Tensor, form: Form) -> None:
-    maps, chunk = form[0], _chunk(out)
-    chunks = out.numel() // maps * -(-maps // chunk)
+def _pool(kernel: object, tensors: tuple[Tensor, ...], positions: int, form: Form) -> None:
+    maps, chunk = form[0], _chunk(tensors[0])
+    chunks = positions * -(-maps // chunk)
     names = ("MAPS", "HEIGHT", "WIDTH", "SIZE", "STRIDE", "ROWS", "COLUMNS")
     shape = dict(zip(names, form, strict=True))
     kernel[_grid(chunks)](*tensors, chunks, **shape, CHUNK=chunk, THREADS=_THREADS)  # type: ignore[index]
@@ -219,7 +220,8 @@ def _pool_forward(
     tl.store(kept + at, place.to(tl.uint8), mask=there)
 
 
-# Each place sums the gradients of the windows whose maximum it is: nothing is written twice.
+# A thread has a cell of STRIDE x STRIDE places and reads each window over them once. A place
+# sums the gradients of the windows whose maximum it is: nothing is written twice.
 @_once
 def _pool_backward(
     grad,
@@ -237,33 +239,41 @@ def _pool_backward(
     THREADS: tl.constexpr,
 ):
     EACH: tl.constexpr = (MAPS + CHUNK - 1) // CHUNK
-    REACH: tl.constexpr = (SIZE + STRIDE - 1) // STRIDE  # windows over a place, each way
+    REACH: tl.constexpr = (SIZE + STRIDE - 1) // STRIDE  # windows over a cell, each way
+    CELLS: tl.constexpr = (WIDTH + STRIDE - 1) // STRIDE  # of a line
+    LINES: tl.constexpr = (HEIGHT + STRIDE - 1) // STRIDE
     number = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
-    position = number // EACH
-    line, left = position // WIDTH, position % WIDTH
-    image, top = (line // HEIGHT).to(tl.int64), line % HEIGHT
+    cell = number // EACH
+    line, c = cell // CELLS, cell % CELLS
+    image, r = (line // LINES).to(tl.int64), line % LINES
     maps = (number % EACH)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    inside = number < chunks
-    total = tl.full([THREADS, CHUNK], 0, tl.float32)
-    for i in tl.static_range(1 - REACH, 1):
-        r = top // STRIDE + i
-        down = top - r * STRIDE
-        for j in tl.static_range(1 - REACH, 1):
-            c = left // STRIDE + j
-            right = left - c * STRIDE
-            there = inside & (r >= 0) & (r < ROWS) & (down < SIZE)
-            there = (there & (c >= 0) & (c < COLUMNS) & (right < SIZE))[:, None]
-            if MAPS % CHUNK:
-                there = there & (maps < MAPS)
-            at = (((image * ROWS + r) * COLUMNS + c) * MAPS)[:, None] + maps
-            place = tl.load(kept + at, mask=there, other=0).to(tl.int32)
-            own = there & (place == (down * SIZE + right)[:, None])
-            total += tl.where(own, tl.load(grad + at, mask=there, other=0).to(tl.float32), 0.0)
-    there = inside[:, None]
+    inside = (number < chunks)[:, None]
     if MAPS % CHUNK:
-        there = there & (maps < MAPS)
-    at = (position.to(tl.int64) * MAPS)[:, None] + maps
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=there)
+        inside = inside & (maps < MAPS)
+    totals = ()
+    for _ in tl.static_range(STRIDE * STRIDE):
+        totals = totals + (tl.full([THREADS, CHUNK], 0, tl.float32),)
+    for up in tl.static_range(REACH - 1, -1, -1):  # of windows that begin so many cells before
+        for back in tl.static_range(REACH - 1, -1, -1):
+            there = (r >= up) & (r - up < ROWS) & (c >= back) & (c - back < COLUMNS)
+            there = inside & there[:, None]
+            at = (((image * ROWS + r - up) * COLUMNS + c - back) * MAPS)[:, None] + maps
+            place = tl.load(kept + at, mask=there, other=0).to(tl.int32)
+            more = tl.load(grad + at, mask=there, other=0).to(tl.float32)
+            summed = ()
+            for i in tl.static_range(STRIDE * STRIDE):
+                if up * STRIDE + i // STRIDE < SIZE and back * STRIDE + i % STRIDE < SIZE:
+                    down, right = up * STRIDE + i // STRIDE, back * STRIDE + i % STRIDE
+                    own = place == down * SIZE + right
+                    summed = summed + (totals[i] + tl.where(own, more, 0.0),)
+                else:
+                    summed = summed + (totals[i],)
+            totals = summed
+    for i in tl.static_range(STRIDE * STRIDE):
+        top, left = r * STRIDE + i // STRIDE, c * STRIDE + i % STRIDE
+        there = inside & ((top < HEIGHT) & (left < WIDTH))[:, None]
+        at = (((image * HEIGHT + top) * WIDTH + left) * MAPS)[:, None] + maps
+        tl.store(out + at, totals[i].to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -279,10 +289,9 @@ def _mix(x):
 def _keep_mask(
     rows,
     keep,
+    draw,
     places,
     start,
-    low,
-    high,
     bar,
     UNITS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -292,5 +301,7 @@ def _keep_mask(
     there = place < places
     row = tl.load(rows + place // UNITS, mask=there, other=0)
     counter = (row * WIDTH + start + place % UNITS).to(tl.int32)
+    key = tl.load(draw)
+    low, high = (key & 0x7FFFFFFF).to(tl.int32), ((key >> 31) & 0x7FFFFFFF).to(tl.int32)
     bits = _mix(_mix(counter ^ low) + high)
     tl.store(keep + place, ((bits >> 8) & 0xFFFFFF) >= bar, mask=there)

@@ -69,9 +69,11 @@ class GpuKernels(Kernels, Protocol):
     """Those of a GPU, where a hash in torch would be some thirty launches."""
 
     def keep_mask(
-        self, rows: Tensor, start: int, units: int, width: int, low: int, high: int, bar: int
+        self, rows: Tensor, start: int, units: int, width: int, draw: Tensor, bar: int
     ) -> Tensor:
-        """`randomness.keep_mask` with the key in two halves, of draws not under `bar` of 2^24."""
+        """`randomness.keep_mask` with the key in the GPU's memory (int64 []), where a recorded step
+        finds another one each time; of draws not under `bar` of 2^24.
+        """
 
 
 def kernels(x: Tensor, maps: int, size: int = 1) -> Kernels | None:

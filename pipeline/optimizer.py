@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class SGD(torch.optim.SGD):
@@ -41,6 +41,14 @@ class SGD(torch.optim.SGD):
         """Called before weights or velocities change: a checkpoint may still be copying them."""
         self.register_step_pre_hook(lambda *_: self.before_change())
 
+    def step_if(self, finite: Tensor) -> None:
+        """A step, or none at all unless `finite`, bool [] on the weights' device, for which the
+        host does not wait.
+        """
+        self.momenta()  # or a first step that is none would leave buffers unset
+        self.found_inf = (~finite).float()  # read by `torch.optim.SGD`
+        self.step()
+
     def set_rate(self, rate: float) -> None:
         """The rate of the next steps; velocities keep their values."""
         self.rate = rate
@@ -61,7 +69,7 @@ class SGD(torch.optim.SGD):
         for group in self.param_groups:
             group["lr"] = rate * group["factor"]
 
-    def momenta(self) -> dict[nn.Parameter, torch.Tensor]:
+    def momenta(self) -> dict[nn.Parameter, Tensor]:
         """The buffer of each parameter that is trained, zeros where it has not been stepped yet."""
         for group in self.param_groups:
             for p in group["params"]:

@@ -24,17 +24,21 @@ def normal(
     return torch.empty(shape).normal_(0, std, generator=generator).to(dtype)
 
 
-def keep_mask(rows: Tensor, start: int, units: int, width: int, drop: float, draw: int) -> Tensor:
+def keep_mask(
+    rows: Tensor, start: int, units: int, width: int, drop: float, draw: int | Tensor
+) -> Tensor:
     """Which of `units` outputs from `start` on, of `width` in the whole layer, are kept.
 
-    `rows` int64 [n]: places in the global batch. `draw`: a `key`. Returns bool [n, units] on the
-    device of `rows`, true with probability 1 - drop. One process that asks for the whole layer and
-    two that ask for a half each get the same bits.
+    `rows` int64 [n]: places in the global batch. `draw`: a `key`, or int64 [] that holds one on the
+    device of `rows`. Returns bool [n, units] there, true with probability 1 - drop. One process
+    that asks for the whole layer and two that ask for a half each get the same bits.
     """
-    low, high = draw & 0x7FFFFFFF, (draw >> 31) & 0x7FFFFFFF
     bar = round(drop * 2**24)  # 24 bits of the hash are plenty for a rate, and compare exactly
     if rows.is_cuda and (kernels := native.gpu_kernels()):
-        return kernels.keep_mask(rows, start, units, width, low, high, bar)
+        if isinstance(draw, int):  # filled, as a copy from the host would wait
+            draw = torch.full((), draw, dtype=torch.int64, device=rows.device)
+        return kernels.keep_mask(rows, start, units, width, draw, bar)
+    low, high = draw & 0x7FFFFFFF, (draw >> 31) & 0x7FFFFFFF
     unit = torch.arange(start, start + units, device=rows.device)
     counter = (rows[:, None] * width + unit).to(torch.int32)
     bits = mix(mix(counter ^ low) + high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -21,12 +22,23 @@ from pipeline.pooling import max_pool
 class Dropout:
     """What a training step's dropout masks depend on.
 
-    `rows` int64 [n]: each image's place in the global batch, on the tower's device.
+    `rows` int64 [n]: each image's place in the global batch, on the tower's device. `held` are the
+    draws of layers by name, int64 [], where a recorded step finds them instead of in seed and step.
     """
 
     seed: int
     step: int
     rows: Tensor
+    held: Mapping[str, Tensor] | None = None
+
+    def draw(self, layer: str) -> int | Tensor:
+        """The key of a layer's mask."""
+        return self.held[layer] if self.held else self.key(self.seed, self.step, layer)
+
+    @staticmethod
+    def key(seed: int, step: int, layer: str) -> int:
+        """The key of a layer's mask in a step."""
+        return randomness.key(seed, "dropout", step, layer)
 
 
 def share(units: int, towers: int, tower: int) -> tuple[int, int]:
@@ -177,7 +189,7 @@ class Block(nn.Module):
         # Kept outputs are doubled in training instead of halved in test: the same in expectation.
         layer = self.layer
         units = x.shape[1]
-        draw = randomness.key(dropout.seed, "dropout", dropout.step, layer.name)
+        draw = dropout.draw(layer.name)
         keep = randomness.keep_mask(
             dropout.rows, self.start, units, layer.maps, layer.dropout, draw
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.crossing import Pair
+from pipeline.graph import Graph
 from pipeline.loss import cross_entropy
 from pipeline.optimizer import SGD
 from pipeline.schedule import Averager, Kind, Line, order
@@ -121,6 +123,11 @@ class Trainer:
                 peer.trace = self.trace
         self.averager = Averager(tower.weights(), self.replicas, limit) if self.replicas else None
         self.device = next(tower.parameters()).device
+        peers = pair or line or self.replicas  # whose answers would be awaited in the middle
+        alone = self.device.type == "cuda" and not peers and tower.learns
+        self.graph = Graph(self._work, tower.parameters()) if alone else None
+        layers = [tower.network.layers[index] for index in tower.layers]
+        self._drops = [layer.name for layer in layers if layer.dropout]
         self._like = torch.empty(0, dtype=tower.compute, device=self.device)
         # The dtype of the weights, so that a float64 tower is float64 from its pixels on.
         self.mean = mean.to(self.device, next(tower.parameters()).dtype)
@@ -130,26 +137,47 @@ class Trainer:
 
         Raises NotANumber (on every rank alike), `LabelsDiffer` from the loss.
         """
-        totals = self.gradients(images, step)
-        if not math.isfinite(totals.loss):
-            raise NotANumber(f"the loss is {totals.loss} at step {step}")
+        sums = self._summed(self._sums(images, step))
+        totals = _Later(sums)
         with self.trace.span("optimizer", ""):
-            self.optimizer.step()
-        return totals
+            self.optimizer.step_if(sums[1].isfinite())
+        found = totals.get()
+        if not math.isfinite(found.loss):
+            raise NotANumber(f"the loss is {found.loss} at step {step}")
+        return found
 
     def gradients(self, images: Images, step: int) -> Totals:
         """Sets the gradient of every parameter that is trained to that of the global batch's mean
         loss.
         """
+        return _Later(self._summed(self._sums(images, step))).get()
+
+    def _sums(self, images: Images, step: int) -> Tensor:
+        """Sets the gradients; returns this rank's sums, float64 [4]."""
+        if self.graph and images.count and not self.trace.on:
+            batch = (images.crops, images.labels, images.shifts, images.placed)
+            draws = [Dropout.key(self.seed, step, name) for name in self._drops]
+            return self.graph(batch, draws)
         self.optimizer.zero_grad(set_to_none=True)
         # Over the hosts: on a GPU it would wait for the step before.
         count = int(self._over_replicas(torch.tensor([images.count])))
+        return self._accumulate(images, count, step)
+
+    def _work(self, batch: Sequence[Tensor], draws: Sequence[Tensor]) -> Tensor:
+        """`_sums` of a lone process, with the draws of masks in the GPU's memory."""
+        images, held = Images(*batch), dict(zip(self._drops, draws, strict=True))
+        return self._accumulate(images, images.count, 0, held)
+
+    def _accumulate(
+        self, images: Images, count: int, step: int, held: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Adds up gradients over micro-batches of a global batch of `count` images."""
         parts = self._parts(images)
         sums, kept = self._zeros(), dict[int, tuple[Tensor, Tensor]]()
         for action, m in order(self.schedule, self.stage, self.stages, len(parts)):
             if action == "forward":
                 start, end, places = parts[m]
-                dropout = Dropout(self.seed, step, places)
+                dropout = Dropout(self.seed, step, places, held)
                 x, y, some = self._forward(images, start, end, dropout, str(m))
                 sums += some
                 kept[m] = x, y / count if self.last else y
@@ -167,7 +195,7 @@ class Trainer:
                 self.line.send_gradient(x.grad)
         if self.averager:
             self.averager.finish()
-        return self._totals(sums)
+        return sums
 
     @torch.no_grad()
     def evaluate(self, images: Images) -> Totals:
@@ -175,7 +203,7 @@ class Trainer:
         sums = self._zeros()
         for start, end, _ in self._parts(images):
             sums += self._forward(images, start, end, None)[2]
-        return self._totals(sums)
+        return _Later(self._summed(sums)).get()
 
     def _parts(self, images: Images) -> list[tuple[int, int, Tensor]]:
         """Start, end and places of each micro-batch; none of a batch without images."""
@@ -227,9 +255,25 @@ class Trainer:
             all_reduce(x, self.replicas, "the totals over replicas", self.limit)
         return x
 
-    def _totals(self, sums: Tensor) -> Totals:
+    def _summed(self, sums: Tensor) -> Tensor:
+        """Over all ranks."""
         if self.line:
             self.line.finish()
             self.line.sum_(sums, "the totals")
-        images, loss, wrong1, wrong5 = self._over_replicas(sums).tolist()
+        return self._over_replicas(sums)
+
+
+class _Later:
+    """Sums on their way to the host, without a wait for what comes after them."""
+
+    def __init__(self, sums: Tensor) -> None:
+        self._sums = sums.to("cpu", non_blocking=True)
+        self._there = torch.cuda.Event() if sums.is_cuda else None
+        if self._there:
+            self._there.record()
+
+    def get(self) -> Totals:
+        if self._there:
+            self._there.synchronize()
+        images, loss, wrong1, wrong5 = self._sums.tolist()
         return Totals(int(images), loss, int(wrong1), int(wrong5))

@@ -14,6 +14,7 @@ from ranks import assert_same, assert_totals, batch, make_trainer
 
 from pipeline import checkpoint, host
 from pipeline.network import build
+from pipeline.training import NotANumber
 
 on_gpu = pytest.mark.skipif(not CUDA, reason="no GPU")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -74,20 +75,64 @@ def test_gradients_are_those_of_a_processor(
 
 
 @on_gpu
-def test_the_host_waits_for_the_gpu_once_a_step() -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_replayed_steps_are_those_worked_through(precision: str, microbatches: int) -> None:
+    host.same_bits()
+    table = build("alexnet-mini", 10)
+    found = []
+    for replayed in (True, False):
+        trainer = make_trainer(
+            table,
+            dtype=torch.float32,
+            compute=DTYPES[precision],
+            rate=1e-3,
+            microbatches=microbatches,
+            device="cuda",
+        )
+        if not replayed:
+            trainer.graph = None
+        sizes = (16, 16, 16, 9, 16, 16, 9, 16)  # an epoch's last batch is smaller
+        totals = [trainer.step(batch(table, n, step), step) for step, n in enumerate(sizes)]
+        found.append((totals, checkpoint.sha256(trainer.tower.weights())))
+    assert found[0] == found[1]
+
+
+@on_gpu
+def test_a_step_that_is_none_changes_nothing() -> None:
+    table = build("cifar", 10)
+    trainer = make_trainer(table, dtype=torch.float32, device="cuda")
+    good, bad = batch(table, 8), batch(table, 8)
+    bad.shifts[0] = torch.inf
+    for step in range(3):
+        trainer.step(good, step)
+    before = checkpoint.sha256(trainer.tower.weights()), trainer.optimizer.momenta()
+    momenta = [m.clone() for m in before[1].values()]
+    with pytest.raises(NotANumber):
+        trainer.step(bad, 3)
+    assert checkpoint.sha256(trainer.tower.weights()) == before[0]
+    for now, then in zip(trainer.optimizer.momenta().values(), momenta, strict=True):
+        assert torch.equal(now, then)
+
+
+@on_gpu
+@pytest.mark.parametrize("replayed", [True, False])
+def test_the_host_never_waits_within_a_step(replayed: bool) -> None:
     table = build("alexnet-mini", 10)
     trainer = make_trainer(table, dtype=torch.float32, device="cuda")
+    if not replayed:
+        trainer.graph = None
     images = batch(table, 8).on_gpu(torch.cuda.Stream())
-    trainer.step(images, 0)  # compiles, and makes the buffers of momentum
+    for step in range(3):  # compiles, makes the buffers of momentum, records
+        trainer.step(images, step)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            trainer.step(images, 1)
+            trainer.step(images, 3)  # the wait for the totals, at its end, is for an event
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [str(w.message) for w in said if "synchronizing" in str(w.message)]
-    assert len(waits) == 1  # for the totals
+    assert [str(w.message) for w in said if "synchronizing" in str(w.message)] == []
 
 
 @on_gpu

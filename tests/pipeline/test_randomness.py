@@ -53,9 +53,8 @@ def test_a_gpu_draws_the_same_mask(start: int, units: int, width: int, draw: int
     rows, drop = torch.tensor([0, 5, 2**20, 2**40 + 1]), 0.3
     want = keep_mask(rows, start, units, width, drop, draw)
     kernels: Any = GPU.kernels(torch.empty(1, device=GPU.device), 8)
-    halves = draw & 0x7FFFFFFF, (draw >> 31) & 0x7FFFFFFF
-    there = rows.to(GPU.device)
-    got = kernels.keep_mask(there, start, units, width, *halves, round(drop * 2**24))
+    there, held = rows.to(GPU.device), torch.tensor(draw, device=GPU.device)
+    got = kernels.keep_mask(there, start, units, width, held, round(drop * 2**24))
     assert got.dtype == torch.bool
     assert torch.equal(got.cpu(), want)
     if GPU.device == "cuda":
