@@ -299,7 +299,8 @@ def main() -> None:
         if not found:
             failed.append(name)
             continue
-        if weights := found.pop("weights", None):
+        weights = found.pop("weights", None)
+        if weights and case.get("lrn", True):
             again = spawn({**case, "steps": 0})
             found["same bits"] = again is not None and again["weights"] == weights
         print(f"{name}, {found['layout']}: {found['images/s']:.1f} images/s", file=sys.stderr)

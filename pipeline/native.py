@@ -66,7 +66,7 @@ class Kernels(Protocol):
 
 
 class GpuKernels(Kernels, Protocol):
-    """Those of a GPU, where a hash in torch would be some thirty launches."""
+    """Those of a GPU alone, where torch would launch several for each, or slow ones."""
 
     def keep_mask(
         self, rows: Tensor, start: int, units: int, width: int, draw: Tensor, bar: int
@@ -74,6 +74,17 @@ class GpuKernels(Kernels, Protocol):
         """`randomness.keep_mask` with the key in the GPU's memory (int64 []), where a recorded step
         finds another one each time; of draws not under `bar` of 2^24.
         """
+
+    def pixels(
+        self, crops: Tensor, shifts: Tensor, mean: Tensor, scale: float, dtype: torch.dtype
+    ) -> Tensor:
+        """(crops + shifts - mean) * scale in float32, [n, height, width, 3] of `dtype`."""
+
+    def fold(self, x: Tensor, out: Tensor, side: int, before: int) -> None:
+        """`convolution.fold` of a channels-last x into such an `out`."""
+
+    def sum_rows(self, x: Tensor, maps: int) -> Tensor:
+        """Of rows of `maps` elements that lie end to end, in float32 and always the same order."""
 
 
 def kernels(x: Tensor, maps: int, size: int = 1) -> Kernels | None:

@@ -26,10 +26,34 @@ def normalize(x: Tensor, norm: Norm, columns: int = 1, rectify: bool = False) ->
     With `rectify` it is max(x, 0) that is normalised: ReLU then costs no pass over memory.
     """
     if norm.spatial:
-        x = x.relu() if rectify else x
-        window = F.avg_pool2d(x * x, norm.size, 1, norm.size // 2) * norm.size**2
-        return x * (norm.k + norm.alpha * window).pow(-norm.beta)
+        return _AcrossPositions.apply(x.relu() if rectify else x, norm)
     return _AcrossMaps.apply(x, norm, columns, rectify)
+
+
+class _AcrossPositions(torch.autograd.Function):
+    # The gradient is as below. torch's own of a window's sum is wrong on a GPU in channels-last
+    # layout (2.11); the sum over a symmetric window is its own transpose.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.norm = norm
+        wide = _wide(x)
+        s = _around(wide * wide, norm).mul_(norm.alpha).add_(norm.k)
+        return s.pow_(-norm.beta).mul_(wide).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        norm = ctx.norm
+        wide, up = _wide(ctx.saved_tensors[0]), _wide(grad)
+        s = _around(wide * wide, norm).mul_(norm.alpha).add_(norm.k)
+        near = _around(up * wide * s.pow(-norm.beta - 1), norm)
+        found = s.pow_(-norm.beta).mul_(up)
+        return found.addcmul_(wide, near, value=-2 * norm.alpha * norm.beta).to(grad.dtype), None
+
+
+def _around(x: Tensor, norm: Norm) -> Tensor:
+    """The sum over size x size positions around each."""
+    return F.avg_pool2d(x, norm.size, 1, norm.size // 2, divisor_override=1)
 
 
 class _AcrossMaps(torch.autograd.Function):

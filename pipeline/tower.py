@@ -174,7 +174,8 @@ class Block(nn.Module):
         if self.crosses:
             assert pair
             return cross_conv2d(x, weight, bias, layer.stride, before, pair)
-        return conv2d(x, weight, bias, layer.stride, before, self.groups)
+        rectified = layer.activation == "relu" and layer.order[0] == "activation"
+        return conv2d(x, weight, bias, layer.stride, before, self.groups, rectified)
 
     def _full(self, x: Tensor, weight: Tensor, bias: Tensor, pair: Pair | None) -> Tensor:
         if self.crosses:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline import native
 from pipeline.crossing import Pair
 from pipeline.graph import Graph
 from pipeline.loss import cross_entropy
@@ -247,8 +248,13 @@ class Trainer:
         crops, shifts = (
             t[start:end].to(self.device, non_blocking=True) for t in (images.crops, images.shifts)
         )
-        offset = shifts.to(self.mean.dtype)[:, None, None, :] - self.mean
-        return (offset + crops).mul_(self.scale).permute(0, 3, 1, 2)
+        kernels = native.gpu_kernels() if crops.is_cuda else None
+        if kernels and self.mean.dtype == torch.float32:
+            x = kernels.pixels(crops, shifts, self.mean, self.scale, self.tower.compute)
+        else:
+            offset = shifts.to(self.mean.dtype)[:, None, None, :] - self.mean
+            x = (offset + crops).mul_(self.scale)
+        return x.permute(0, 3, 1, 2)
 
     def _over_replicas(self, x: Tensor) -> Tensor:
         if self.replicas:
