@@ -4,8 +4,9 @@
 
 Needs torch alone. Forward and backward of each by itself, as one process with both towers runs it.
 "share" is of the rate of a matrix product for a convolution, and of the bytes a second of a large
-copy for what else reads its input and writes its output once, both measured just before. A GPU
-needs a batch that keeps it busy for longer than the host takes to ask: 512, say.
+copy for what else reads its input and writes its output once, both measured just before; at the end
+a whole step. Operations by themselves need a batch that keeps a GPU busy for longer than the host
+takes to ask: 512, say.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from step import CLASSES, gemm_rate, timing
+from step import CLASSES, FIRST, gemm_rate, images, timing, trainer
 from table import publish
 from torch import Tensor
 
@@ -86,8 +87,23 @@ def measure(batch: int, precision: str, device: str) -> list[dict[str, Any]]:
     ms, work = (sum(row[key] for row in convolutions) for key in ("ms", "GFLOP"))
     share = work / ms * 1e3 / rates["GFLOP"]
     rows.append({"operation": "convolutions", "ms": ms, "GFLOP": work, "share": share})
+    rows += steps(batch, precision, device)
     rows += [{"operation": "a product, a second", "GFLOP": rates["GFLOP"]}]
     return [*rows, {"operation": "a copy, a second", "GB": rates["GB"]}]
+
+
+def steps(batch: int, precision: str, device: str) -> list[dict[str, Any]]:
+    """A whole step; on a GPU also as its host asks for each kernel."""
+    case = {"precision": precision, "device": device}
+    ours, rows = trainer(case, build("alexnet", CLASSES)), []
+    one = images(batch, ours.tower.network.crop, device)
+    for name in ("a step", "a step, not recorded") if ours.graph else ("a step",):
+        if name != "a step":
+            ours.graph = None
+        for first in range(FIRST):
+            ours.step(one, first)
+        rows.append({"operation": name, "ms": seconds(lambda: ours.step(one, FIRST), device) * 1e3})
+    return rows
 
 
 def main() -> None:
