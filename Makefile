@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/$(shell date +%Y%m%d-%H%M%S)
+# Where it is set, as in many images, each of Ray's processes compiles anew all that it imports.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: train test lint bench environment clean
 

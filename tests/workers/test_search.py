@@ -18,7 +18,7 @@ from workers.errors import RunFailed
 from workers.experiments import Scale, claims
 from workers.history import read_history
 from workers.progress import Progress
-from workers.run import EVENTS, read_lines
+from workers.run import CONFIG, EVENTS, read_lines
 from workers.search import Search, search
 from workers.space import Domain
 
@@ -111,7 +111,7 @@ def test_two_runs_are_side_by_side_and_share_the_fleet(found: dict[str, Any]) ->
     spans = []
     for place in Path(found["run"], "trials").iterdir():
         events = read_lines(str(place), EVENTS)
-        spans.append((events[0]["time"], events[-1]["time"]))
+        spans.append(((place / CONFIG).stat().st_mtime, events[-1]["time"]))
         assert {e["augmenters"] for e in events if e["event"] == "fleet"} <= {0, 2}
     (first, last), (second, _) = sorted(spans)[:2]
     assert first <= second < last

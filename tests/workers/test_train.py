@@ -92,21 +92,30 @@ def test_one_process_learns_what_two_towers_learn(
         assert (weight - two[name]).abs().max() < 1e-5, name
 
 
-@pytest.mark.parametrize("mesh", [(1, 2, 2), (2, 2, 1)], ids=str)
+@pytest.fixture(scope="module")
+def staged(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("staged") / "run"
+    result = run(folder, shards, stages=2, towers=2, microbatches=4, profile=True)
+    assert result["mesh"] == "1x2x2"
+    return folder
+
+
+@pytest.fixture
+def replicated(shards: str, tmp_path: Path) -> Path:
+    result = run(tmp_path / "run", shards, replicas=2, stages=2, towers=1)
+    assert result["mesh"] == "2x2x1"
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("mesh", ["staged", "replicated"])
 def test_stages_and_replicas_learn_what_one_stage_learns(
-    mesh: tuple[int, int, int],
-    undisturbed: tuple[Path, dict],
-    shards: str,
-    tmp_path: Path,
+    mesh: str, undisturbed: tuple[Path, dict], request: pytest.FixtureRequest
 ) -> None:
-    replicas, stages, towers = mesh
-    folder, _ = undisturbed
-    result = run(tmp_path / "run", shards, replicas=replicas, stages=stages, towers=towers)
-    assert result["mesh"] == f"{replicas}x{stages}x{towers}"
-    one = load_weights(f"{folder}/checkpoints/step-00000006")
-    staged = load_weights(f"{tmp_path}/run/checkpoints/step-00000006")
-    assert staged.keys() == one.keys()
-    for name, weight in staged.items():
+    other = request.getfixturevalue(mesh)
+    one = load_weights(f"{undisturbed[0]}/checkpoints/step-00000006")
+    found = load_weights(f"{other}/checkpoints/step-00000006")
+    assert found.keys() == one.keys()
+    for name, weight in found.items():
         assert (weight - one[name]).abs().max() < 1e-5, name
 
 
@@ -122,15 +131,14 @@ def test_a_run_goes_on_with_another_mesh(
         assert (weight - one[name]).abs().max() < 1e-5, name
 
 
-def test_a_profile_shows_every_rank(shards: str, tmp_path: Path) -> None:
-    run(tmp_path / "run", shards, stages=2, towers=1, microbatches=4, profile=True)
-    trace = json.loads((tmp_path / "run" / "profile" / "trace.json").read_text())["traceEvents"]
+def test_a_profile_shows_every_rank(staged: Path) -> None:
+    trace = json.loads((staged / "profile" / "trace.json").read_text())["traceEvents"]
     spans = [e for e in trace if e["ph"] == "X"]
-    assert {e["pid"] for e in spans} == {0, 1}
+    assert {e["pid"] for e in spans} == {0, 1, 2, 3}
     assert {e["cat"] for e in spans} >= {"forward", "backward", "optimizer", "wait"}
     assert {e["args"]["step"] for e in spans} == {4, 5, 6}
-    assert sum(e["cat"] == "forward" and e["args"]["step"] == 4 for e in spans) == 2 * 4
-    with Image.open(tmp_path / "run" / "profile" / "schedule.png") as picture:
+    assert sum(e["cat"] == "forward" and e["args"]["step"] == 4 for e in spans) == 4 * 4
+    with Image.open(staged / "profile" / "schedule.png") as picture:
         assert picture.width == 1600
 
 
