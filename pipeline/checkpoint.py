@@ -12,21 +12,20 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pipeline.network import Network
 from pipeline.optimizer import SGD
 from pipeline.tower import Tower
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 # One process alone is meant wherever it says so.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -34,6 +33,13 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 class NotSaved(RuntimeError):
     """A checkpoint could not be written; the message says where and why."""
+
+
+def _dcp(name: str = "") -> Any:
+    """torch.distributed.checkpoint or a module of it: half as long to import as torch itself, which
+    the first step need not wait for.
+    """
+    return import_module(f"torch.distributed.checkpoint{name}")
 
 
 def save(
@@ -129,7 +135,7 @@ def load(path: str, tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> di
     saved = _metadata(path)
     for name in [name for name in state if name.startswith("momentum.") and name not in saved]:
         state.pop(name).zero_()
-    dcp.load(state, storage_reader=_reader(path), no_dist=mesh is None)
+    _dcp().load(state, storage_reader=_storage("Reader", path), no_dist=mesh is None)
     optimizer.restore_rate(state["rate"])
     progress: dict[str, Any] = json.loads(state["progress"])
     return progress
@@ -138,7 +144,7 @@ def load(path: str, tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> di
 def read_progress(path: str) -> dict[str, Any]:
     """The progress that a checkpoint holds, without its tensors."""
     state = {"progress": ""}
-    dcp.load(state, storage_reader=_reader(path), no_dist=True)
+    _dcp().load(state, storage_reader=_storage("Reader", path), no_dist=True)
     progress: dict[str, Any] = json.loads(state["progress"])
     return progress
 
@@ -150,7 +156,7 @@ def load_weights(path: str) -> dict[str, Tensor]:
         for name, item in _metadata(path).items()
         if name.startswith("weights.")
     }
-    dcp.load({"weights": weights}, storage_reader=_reader(path), no_dist=True)
+    _dcp().load({"weights": weights}, storage_reader=_storage("Reader", path), no_dist=True)
     return weights
 
 
@@ -183,10 +189,10 @@ def _state(
 def _dump(
     path: str, state: dict[str, Any], group: dist.ProcessGroup | None, *, alone: bool
 ) -> None:
-    writer = FsspecWriter(path) if "://" in path else dcp.FileSystemWriter(path)
+    dcp = _dcp()
     try:
-        dcp.save(state, storage_writer=writer, process_group=group, no_dist=alone)
-    except CheckpointException as error:  # which is no Exception
+        dcp.save(state, storage_writer=_storage("Writer", path), process_group=group, no_dist=alone)
+    except dcp.api.CheckpointException as error:  # which is no Exception
         rank, (cause, _) = next(iter(error.failures.items()))
         raise NotSaved(f"{path} cannot be written by rank {rank}: {cause}") from None
 
@@ -207,6 +213,8 @@ def _tensors(
             local = copied(key, local)
         if mesh is None:
             return local
+        from torch.distributed.tensor import DTensor, Replicate, Shard  # as in `_dcp`
+
         shape = torch.Size((sizes[name.split(".")[0]], *local.shape[1:]))
         # Replicas hold copies, the towers of a pair halves; other stages have other layers.
         return DTensor.from_local(
@@ -223,13 +231,17 @@ def _tensors(
     return {key: whole(key, tensor) for key, tensor in local.items()}
 
 
-def _reader(path: str) -> Any:
-    return FsspecReader(path) if "://" in path else dcp.FileSystemReader(path)
+def _storage(kind: str, path: str) -> Any:
+    """A Reader or Writer of a folder or URL."""
+    if "://" in path:
+        return getattr(_dcp("._fsspec_filesystem"), f"Fsspec{kind}")(path)
+    return getattr(_dcp(), f"FileSystem{kind}")(path)
 
 
 def _metadata(path: str) -> dict[str, TensorStorageMetadata]:
-    items = _reader(path).read_metadata().state_dict_metadata
-    return {name: m for name, m in items.items() if isinstance(m, TensorStorageMetadata)}
+    items = _storage("Reader", path).read_metadata().state_dict_metadata
+    tensor = _dcp(".metadata").TensorStorageMetadata
+    return {name: m for name, m in items.items() if isinstance(m, tensor)}
 
 
 def check(path: str, network: Network) -> None:

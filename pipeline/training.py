@@ -131,7 +131,7 @@ class Trainer:
         self._drops = [layer.name for layer in layers if layer.dropout]
         self._like = torch.empty(0, dtype=tower.compute, device=self.device)
         # The dtype of the weights, so that a float64 tower is float64 from its pixels on.
-        self.mean = mean.to(self.device, next(tower.parameters()).dtype)
+        self.mean = mean.to(self.device, next(tower.parameters()).dtype).contiguous()
 
     def step(self, images: Images, step: int) -> Totals:
         """Trains on a global batch as step number `step`; returns its totals before the step.

@@ -46,7 +46,7 @@ def test_pipeline_imports_where_there_is_torch_alone() -> None:
     ("module", "absent"),
     [
         ("workers.cli", {"torch", "ray", "pyarrow"}),
-        ("workers.towers", {"ray.data", "pandas"}),
+        ("workers.towers", {"ray.data", "pandas", "torch.distributed.checkpoint"}),
         ("workers.feed", {"torch", "ray.data", "pandas"}),  # towers have a handle of it
     ],
 )

@@ -184,16 +184,14 @@ def test_killed_towers_and_feed_come_back_to_the_same_weights(
 
 
 def test_a_run_out_of_restarts_fails_and_is_resumed(
-    undisturbed: tuple[Path, dict],
-    shards: str,
-    tmp_path: Path,
-    processes: Callable[[str], list[int]],
+    longer: str, shards: str, tmp_path: Path, processes: Callable[[str], list[int]]
 ) -> None:
-    killer = Killer({4: "ray::TowerActor"}, processes)
+    # An epoch has three steps, and its checkpoint waits for the one before to be complete.
+    killer, given = Killer({8: "ray::TowerActor"}, processes), {"epochs": 20, "steps": 30}
     with pytest.raises(RunFailed, match=r"died, once too often; the last checkpoint is of step \d"):
-        run(tmp_path / "run", shards, killer, restarts=0, log_every=1)
+        run(tmp_path / "run", shards, killer, restarts=0, log_every=1, **given)
     result = train(configure({}, f"{tmp_path}/run/config.toml"), resume=True)
-    assert result["weights_sha256"] == undisturbed[1]["weights_sha256"]
+    assert result["weights_sha256"] == longer
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(
