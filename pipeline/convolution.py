@@ -30,7 +30,7 @@ def conv2d(
         if x.shape[1] < 8 and stride > 1 and not x.requires_grad:
             x, weight = folded(x, weight, stride, padding)
             stride, padding = 1, 0
-    return _Conv2d.apply(x, weight, bias, stride, padding, groups, rectified)
+    return _Conv2d.apply(x, weight, bias, (stride, padding, groups), rectified)
 
 
 def dense(weight: Tensor, groups: int) -> Tensor:
@@ -122,21 +122,18 @@ class _Conv2d(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        stride: int,
-        padding: int,
-        groups: int,
+        form: tuple[int, int, int],
         rectified: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.form = (stride, padding, groups)
+        ctx.form = stride, padding, groups = form
         if rectified and x.is_cuda and torch.version.cuda and x.dtype != torch.float64:
-            form = ([stride] * 2, [padding] * 2, [1, 1], groups)
-            return torch.cudnn_convolution_relu(x, weight, bias, *form)
+            both = [stride] * 2, [padding] * 2, [1, 1], groups
+            return torch.cudnn_convolution_relu(x, weight, bias, *both)
         return F.conv2d(x, weight, bias, stride, padding, groups=groups)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        stride, padding, groups = ctx.form
+        (x, weight), (stride, padding, groups) = ctx.saved_tensors, ctx.form
         mask = ctx.needs_input_grad[:3]
-        return *gradients(grad, x, weight, stride, padding, groups, mask), *[None] * 4
+        return *gradients(grad, x, weight, stride, padding, groups, mask), None, None

@@ -1,5 +1,5 @@
 """The compiled code of this folder: for a processor C++ (`kernels.cpp`), compiled once a machine by
-its own compiler and kept in a cache; for a GPU Triton (`kernels.py`), which has its own cache.
+its own compiler and kept in a cache; for a GPU Triton (`kernels.py`, `gpu.py`), which has its own.
 
 Where it cannot be had callers do the same mathematics in torch, slower; `missing()` says why.
 """
@@ -65,7 +65,7 @@ class Kernels(Protocol):
         """The gradient of x of that `form`: sums are in the order of their windows."""
 
 
-class GpuKernels(Kernels, Protocol):
+class GpuKernels(Protocol):
     """Those of a GPU alone, where torch would launch several for each, or slow ones."""
 
     def keep_mask(
@@ -99,8 +99,7 @@ def kernels(x: Tensor, maps: int, size: int = 1) -> Kernels | None:
 
 def gpu_kernels() -> GpuKernels | None:
     """Those of a GPU alone, None where there are none."""
-    found: GpuKernels | None = _load("cuda")[0]  # type: ignore[assignment]
-    return found
+    return import_module("pipeline.gpu") if _load("cuda")[0] else None
 
 
 def missing(kind: str = "cpu") -> str:
