@@ -111,7 +111,6 @@ def test_nodes_join_and_leave(
         job.join(60)
     events = [event["event"] for event in lines(run, "events.jsonl")]
     assert events.count("start") == 1
-    assert "stall" not in events  # or towers waited so long that the fleet was started anew
     steps = trained(run)
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
     epochs = [list(rows) for _, rows in itertools.groupby(steps, key=lambda line: line["epoch"])]
