@@ -54,6 +54,7 @@ def feed_of(
     pause: float = 0.0,
     epochs: int = 1,
     network: str = "alexnet-mini",
+    cache: float = 0.0,
 ) -> tuple[Any, int]:
     """A feed that runs, and how many batches it has."""
     given = {
@@ -62,6 +63,7 @@ def feed_of(
         "towers": 1,
         "run": "none",
         "epochs": epochs,
+        "cache": cache,
     }
     config = configure({**given, "shards": shards, "augmenters": augmenters})
     dataset = open_dataset(shards)

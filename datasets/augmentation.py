@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets import DataError
+from datasets.cache import PixelCache
 from datasets.images import Pixels, decode
 from datasets.layout import Dataset
 from datasets.randomness import stream
@@ -151,7 +152,8 @@ class Loader:
     """Rows to batches. `colour` is `Statistics.colour()`, None for no colour shifts.
 
     A bad row raises DataError, or with `on_error="skip"` is left out of the batch and named in
-    it. Unless rows have to be `labelled`, labels are -1. Raises ValueError for another `on_error`.
+    it. Unless rows have to be `labelled`, labels are -1. `cache` is where decoded images are kept
+    for the next time, a number of bytes at most. Raises ValueError for another `on_error`.
     """
 
     def __init__(
@@ -164,6 +166,7 @@ class Loader:
         seed: int,
         on_error: Literal["fail", "skip"] = "fail",
         labelled: bool = True,
+        cache: float = 0,
     ) -> None:
         if on_error not in ("fail", "skip"):
             raise ValueError(f"on_error is {on_error!r}: fail or skip")
@@ -175,6 +178,7 @@ class Loader:
         self.aug, self.seed, self.on_error = aug, seed, on_error
         self.colour = colour if aug.colour else None
         self._source = Rows(dataset, split, labelled=labelled)
+        self._cache = PixelCache(dataset, split, aug.size, cache, least=aug.crop)
 
     def load(self, rows: NDArray[np.int64], epoch: int, train: bool) -> Batch:
         """The samples of `rows` (int64 [n], within the split): augmented for training in `epoch`,
@@ -183,16 +187,32 @@ class Loader:
         Raises DataError, naming file and row, unless bad rows are skipped.
         """
         batch = self._empty(len(rows))
-        for kept, (record, pixels) in enumerate(self.images(rows, batch.faults)):
+        for kept, (row, label, pixels) in enumerate(self._samples(rows, batch.faults)):
             if train:
-                rng = generator(self.seed, epoch, record.row)
+                rng = generator(self.seed, epoch, row)
                 put(train_crop(pixels, self.aug, rng), batch.crops[kept])
                 if self.colour is not None:
                     batch.shifts[kept] = colour_shift(self.colour, self.aug.colour, rng)
             else:
                 batch.crops[kept] = centre_crop(pixels, self.aug.crop)
-            batch.labels[kept], batch.rows[kept] = record.label, record.row
+            batch.labels[kept], batch.rows[kept] = label, row
         return _without(batch, len(batch.faults))
+
+    def _samples(
+        self, rows: NDArray[np.int64], faults: list[str]
+    ) -> Iterator[tuple[int, int, Pixels]]:
+        """Number, label and pixels of each of `rows` that is good, as `images` has them."""
+        labels = self._cache.labels(rows)
+        others = self.images(rows[labels < 0], faults)
+        other = next(others, None)
+        for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
+            if label >= 0:
+                yield row, label, self._cache.pixels(row)
+            elif other and other[0].row == row:
+                record, pixels = other
+                self._cache.keep(row, record.label, pixels)
+                yield row, record.label, pixels
+                other = next(others, None)
 
     def load_views(self, rows: NDArray[np.int64], views: Literal[1, 10]) -> Batch:
         """The samples of `rows` as they are evaluated: the centre alone or the ten test crops of

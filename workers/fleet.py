@@ -81,12 +81,22 @@ class Fleet:
                     self.colour,
                     seed=self.config.seed,
                     on_error=self.config.on_error,  # type: ignore[arg-type]
+                    cache=self._cache_bytes(item.split),
                 )
             batch = loaders[item.split].load(rows[start:end], item.epoch, item.training)
         except DataError as error:
             return _fault(self.crop, str(error))
         # Rows of a batch are distinct; those that were skipped leave their places empty.
         return Part(batch, start + np.flatnonzero(np.isin(rows[start:end], batch.rows)))
+
+    def _cache_bytes(self, split: str) -> float:
+        """A split's share of what a node keeps; nothing if nobody sees an image twice."""
+        if not self.pool and self.itinerary.total_steps <= self.itinerary.steps_per_epoch:
+            return 0
+        all_rows = sum(
+            self.dataset.rows(name) for name in ("train", self.itinerary.held_out) if name
+        )
+        return self.config.cache * 1e9 * self.dataset.rows(split) / all_rows
 
     def stream(self, start: int, watch: Watch) -> Iterator[tuple[int, int, Packed]]:
         """Item, replica and packed part of each item from `start` on, in order, without end until

@@ -52,14 +52,15 @@ def measure(
     dataset: Dataset, config: Config, progress: Progress | None = None
 ) -> tuple[Rates, Mesh]:
     """Measures an augmenter alone, and then towers at work beside the fleet, placed as a run's, so
-    that they share what they will share; and says on which mesh that was.
+    that they share what they will share; and says on which mesh that was. Images are decoded each
+    time, as in a run's first epoch.
 
     Raises UserError and DataError as a run does.
     """
     progress = progress or Progress()
     with connected():
         where = placement.place(config, progress.say)
-        config = replace(config, towers=where.mesh.towers)
+        config = replace(config, towers=where.mesh.towers, cache=0.0)
         some = sums_of_groups(dataset, "train", config.image, range(1), on_error=config.on_error)
         arguments = dataset, config, where, some.finish()
         progress.say("measuring an augmenter")
