@@ -16,7 +16,7 @@ import argparse
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,11 @@ class Slow(Fleet):
 
     pause = 0.0
 
-    def load(self, index: int, replica: int, loaders: dict[str, Loader]) -> Part:
+    def load(
+        self, index: int, replica: int, loaders: dict[str, Loader], then: Iterable[int] = ()
+    ) -> Part:
         time.sleep(self.pause)
-        return super().load(index, replica, loaders)
+        return super().load(index, replica, loaders, then)
 
 
 def feed_of(

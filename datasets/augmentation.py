@@ -180,14 +180,21 @@ class Loader:
         self._source = Rows(dataset, split, labelled=labelled)
         self._cache = PixelCache(dataset, split, aug.size, cache, least=aug.crop)
 
-    def load(self, rows: NDArray[np.int64], epoch: int, train: bool) -> Batch:
+    def load(
+        self,
+        rows: NDArray[np.int64],
+        epoch: int,
+        train: bool,
+        then: NDArray[np.int64] | None = None,
+    ) -> Batch:
         """The samples of `rows` (int64 [n], within the split): augmented for training in `epoch`,
-        else their centres without shifts.
+        else their centres without shifts. `then` are the rows that are likely next; they begin to
+        come from a store far away.
 
         Raises DataError, naming file and row, unless bad rows are skipped.
         """
         batch = self._empty(len(rows))
-        for kept, (row, label, pixels) in enumerate(self._samples(rows, batch.faults)):
+        for kept, (row, label, pixels) in enumerate(self._samples(rows, batch.faults, then)):
             if train:
                 rng = generator(self.seed, epoch, row)
                 put(train_crop(pixels, self.aug, rng), batch.crops[kept])
@@ -199,11 +206,13 @@ class Loader:
         return _without(batch, len(batch.faults))
 
     def _samples(
-        self, rows: NDArray[np.int64], faults: list[str]
+        self, rows: NDArray[np.int64], faults: list[str], then: NDArray[np.int64] | None
     ) -> Iterator[tuple[int, int, Pixels]]:
         """Number, label and pixels of each of `rows` that is good, as `images` has them."""
         labels = self._cache.labels(rows)
-        others = self.images(rows[labels < 0], faults)
+        if then is not None:
+            then = then[self._cache.labels(then) < 0]
+        others = self.images(rows[labels < 0], faults, then)
         other = next(others, None)
         for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
             if label >= 0:
@@ -224,12 +233,14 @@ class Loader:
             batch.labels[kept], batch.rows[kept] = record.label, record.row
         return _without(batch, len(batch.faults))
 
-    def images(self, rows: NDArray[np.int64], faults: list[str]) -> Iterator[tuple[Record, Pixels]]:
+    def images(
+        self, rows: NDArray[np.int64], faults: list[str], then: NDArray[np.int64] | None = None
+    ) -> Iterator[tuple[Record, Pixels]]:
         """The rows numbered `rows` and their pixels, uint8 [size, size, 3], in that order; bad ones
-        raise DataError, or are left out and told in `faults`.
+        raise DataError, or are left out and told in `faults`. `then` is as `load` has it.
         """
         skip = self.on_error == "skip"
-        for record in self._source.read(rows, faults if skip else None):
+        for record in self._source.read(rows, faults if skip else None, then):
             try:
                 pixels = decode(record.image, record.place, self.aug.size, least=self.aug.crop)
             except DataError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +14,9 @@ from numpy.typing import NDArray
 
 from datasets import DataError
 from datasets.layout import Dataset, parquet, persistent
+
+AT_ONCE = 16
+"""Row groups that are fetched at a time from a store far away."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,23 @@ class Rows:
         self._ends = np.cumsum(self.dataset.groups(self.split), dtype=np.int64)
         self._first = np.cumsum([0, *(len(shard.groups) for shard in self._shards)])
         self._footers: dict[int, Any] = {}
+        self._far = any("://" in shard.path for shard in self._shards)
+        self._threads = ThreadPoolExecutor(AT_ONCE)
+        self._coming: dict[int, Future[_Group]] = {}
 
-    def read(self, rows: NDArray[np.int64], faults: list[str] | None = None) -> list[Record]:
+    def read(
+        self,
+        rows: NDArray[np.int64],
+        faults: list[str] | None = None,
+        then: NDArray[np.int64] | None = None,
+    ) -> list[Record]:
         """The rows numbered `rows` (int64 [n], within the split, in file order), in that order.
 
-        Each row group is fetched once at most, and of it the two columns. Raises IndexError for a
-        row that the split doesn't have, and DataError, naming file and row, for a file that can't
-        be read, a missing image or label, or a label that is none of the classes. With a list of
-        `faults`, bad rows are left out instead, and the list says why.
+        Each row group is fetched once at most, and of it the two columns; those of a store far away
+        several at a time, and in the end those of `then`, which will be asked for next. Raises
+        IndexError for a row that the split doesn't have, and DataError, naming file and row, for a
+        file that can't be read, a missing image or label, or a label that is none of the classes.
+        With a list of `faults`, bad rows are left out instead, and the list says why.
         """
         total = int(self._ends[-1]) if len(self._ends) else 0
         if len(rows) and not 0 <= rows.min() <= rows.max() < total:
@@ -82,17 +96,20 @@ class Rows:
         groups = np.searchsorted(self._ends, rows, side="right")
         found: dict[int, Record] = {}
         # By group, so that each is fetched once however small the cache is.
-        for index in np.argsort(groups, kind="stable").tolist():
-            try:
-                found[index] = self._record(int(groups[index]), int(rows[index]))
-            except BadRow as error:
-                if faults is None:
-                    raise
-                faults.append(str(error))
+        numbers, later = np.unique(groups).tolist(), []
+        if then is not None:
+            later = np.unique(np.searchsorted(self._ends, then, side="right")).tolist()
+        for number, group in zip(numbers, self._groups(numbers, later), strict=True):
+            for index in np.flatnonzero(groups == number).tolist():
+                try:
+                    found[index] = self._record(group, int(rows[index]))
+                except BadRow as error:
+                    if faults is None:
+                        raise
+                    faults.append(str(error))
         return [found[index] for index in sorted(found)]
 
-    def _record(self, number: int, row: int) -> Record:
-        group = self._group(number)
+    def _record(self, group: _Group, row: int) -> Record:
         at = row - group.start
         place = f"{group.shard} row {group.first + at}"
         image = group.images[at].as_py()
@@ -117,10 +134,39 @@ class Rows:
         shard = int(np.searchsorted(self._first, number, side="right")) - 1
         return shard, number - int(self._first[shard])
 
+    def _groups(self, numbers: list[int], later: list[int]) -> Iterator[_Group]:
+        """The row groups of these `numbers`, in this order. What is far away is asked for early, as
+        a store takes longer to answer than to send a row group.
+        """
+        for number in self._coming.keys() - {*numbers, *later}:
+            self._coming.pop(number).cancel()
+        for at, number in enumerate(numbers):
+            if self._far:
+                self._ask(numbers[at : at + AT_ONCE])
+                if at + AT_ONCE >= len(numbers):
+                    self._ask(later)
+            yield self._group(number)
+
+    def _ask(self, numbers: list[int]) -> None:
+        for number in numbers:
+            if number not in self._cache and number not in self._coming:
+                self._coming[number] = self._threads.submit(self._fetch, number)
+
     def _group(self, number: int) -> _Group:
-        if number in self._cache:
-            self._cache.move_to_end(number)
-            return self._cache[number]
+        """A row group, kept for the next time."""
+        if number not in self._cache:
+            coming = self._coming.pop(number, None)
+            self._cache[number] = coming.result() if coming else self._fetch(number)
+        self._cache.move_to_end(number)
+        group = self._cache[number]
+        while len(self._cache) > 1 and (
+            len(self._cache) > self.cache_groups
+            or sum(kept.bytes for kept in self._cache.values()) > self.cache_bytes
+        ):
+            self._cache.popitem(last=False)
+        return group
+
+    def _fetch(self, number: int) -> _Group:
         shard_number, index = self._locate(number)
         shard = self._shards[shard_number]
         columns = [self.dataset.image, *([self.dataset.label] if self.labelled else [])]
@@ -141,7 +187,7 @@ class Rows:
         if pa.types.is_struct(images.type):
             fields = dict(zip(images.type.names, images.flatten(), strict=True))
             images, paths = fields["bytes"], fields.get("path")
-        self._cache[number] = group = _Group(
+        return _Group(
             images,
             paths,
             labels[0].to_pylist() if labels else None,
@@ -150,9 +196,3 @@ class Rows:
             shard.name,
             sum(shard.groups[:index]),
         )
-        while len(self._cache) > 1 and (
-            len(self._cache) > self.cache_groups
-            or sum(kept.bytes for kept in self._cache.values()) > self.cache_bytes
-        ):
-            self._cache.popitem(last=False)
-        return group

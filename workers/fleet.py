@@ -8,7 +8,7 @@ makes a block, how many actors there are and which of them die changes nothing i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from workers.watch import Watch
 
 SEGMENT = 16384  # blocks of one execution; Ray Data wants to know all of its input at the start
 AHEAD = 4, 8  # blocks that an augmenter works on or has next, for large and for small ones
+FORESIGHT = 3  # items that an augmenter expects, whose images begin to come from far away
 AHEAD_BYTES = 16 << 20  # of crops, if that is between the two
 
 
@@ -68,10 +69,19 @@ class Fleet:
         )
         self.colour = statistics.colour(config.colour_scale)  # type: ignore[arg-type]
 
-    def load(self, index: int, replica: int, loaders: dict[str, Loader]) -> Part:
-        """The part of item `index` that belongs to `replica`; `loaders` keeps those made so far."""
+    def load(
+        self, index: int, replica: int, loaders: dict[str, Loader], then: Iterable[int] = ()
+    ) -> Part:
+        """The part of item `index` that belongs to `replica`; `loaders` keeps those made so far.
+        `then` are items that are likely next here.
+        """
         item, rows = self.itinerary.item(index), self.itinerary.rows(index)
         start, end = (len(rows) * r // self.replicas for r in (replica, replica + 1))
+        later = [
+            self.itinerary.rows(i)
+            for i in then
+            if i < len(self.itinerary) and self.itinerary.item(i).split == item.split
+        ]
         try:
             if item.split not in loaders:
                 loaders[item.split] = Loader(
@@ -83,7 +93,12 @@ class Fleet:
                     on_error=self.config.on_error,  # type: ignore[arg-type]
                     cache=self._cache_bytes(item.split),
                 )
-            batch = loaders[item.split].load(rows[start:end], item.epoch, item.training)
+            batch = loaders[item.split].load(
+                rows[start:end],
+                item.epoch,
+                item.training,
+                np.concatenate(later) if later else None,
+            )
         except DataError as error:
             return _fault(self.crop, str(error))
         # Rows of a batch are distinct; those that were skipped leave their places empty.
@@ -166,12 +181,18 @@ class Augmenter:
     def __init__(self, fleet: Fleet, blocks: range) -> None:
         self.fleet, self.blocks = fleet, blocks
         self.loaders: dict[str, Loader] = {}
+        self.last = blocks.start // fleet.replicas  # item that it made
         self.node = ray.get_runtime_context().get_node_id()
 
     def __call__(self, _: pa.Table) -> Iterator[pa.Table]:
         task = TaskContext.get_current()
         assert task
-        part = self.fleet.load(*self.fleet.named(self.blocks[task.task_idx]), self.loaders)
+        index, replica = self.fleet.named(self.blocks[task.task_idx])
+        # It gets every so many-th item, about as many as there are augmenters.
+        step = max(1, index - self.last)
+        self.last = index
+        then = range(index + step, index + step * FORESIGHT + 1, step)
+        part = self.fleet.load(index, replica, self.loaders, then)
         yield from pack(replace(part, node=self.node), self.fleet.apart)
 
 

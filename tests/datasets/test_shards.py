@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import fsspec
@@ -355,3 +357,41 @@ def test_groups_are_fetched_once_a_call_and_kept_within_bounds(
     rows.read(np.array([0, 2]))
     rows.read(np.array([2]))
     assert fetched == [0, 5, 0, 1, 2, 0, 1]
+
+
+@given(reads=st.lists(st.lists(st.integers(0, 23), unique=True), min_size=2, max_size=5))
+def test_what_comes_early_from_far_away_is_the_same(reads: list[list[int]]) -> None:
+    dataset = write("memory://shards/early", 24, rows_per_group=2)
+    rows, alone = Rows(dataset, "train", cache_groups=3), Rows(dataset, "train")
+    for now, then in pairwise(np.array(r, np.int64) for r in reads):
+        assert rows.read(now, then=then) == [alone.read(np.array([row]))[0] for row in now]
+    fsspec.filesystem("memory").rm("/shards", recursive=True)
+
+
+def test_row_groups_far_away_are_fetched_together_and_once(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[int] = []
+    both, read = threading.Barrier(2, timeout=30), pq.ParquetFile.read_row_group
+
+    def meet(self: pq.ParquetFile, i: int, **more: object) -> pa.Table:
+        fetched.append(i)
+        both.wait()
+        return read(self, i, **more)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", meet)
+    rows = Rows(write(memory, 24, rows_per_group=2), "train")
+    rows.read(np.arange(8), then=np.arange(4, 20))
+    rows.read(np.arange(20))
+    assert sorted(fetched) == list(range(10))
+
+
+def test_what_came_early_and_is_bad_is_said_in_its_turn(memory: str) -> None:
+    dataset = write(memory, 4, rows_per_group=2, shard_bytes=1)
+    second = dataset.shards("train")[1]
+    fsspec.filesystem("memory").rm_file(second.path)
+    rows = Rows(dataset, "train")
+    early = rows.read(np.arange(2), then=np.arange(4))
+    assert [record.label for record in early] == [0, 1]
+    with pytest.raises(DataError, match=f"^{second.path}: no such file"):
+        rows.read(np.arange(4))
