@@ -26,7 +26,7 @@ test: $(STAMP)
 # Tables of figures and ratios, in bench/ as JSON and Markdown with the machine's description.
 bench: $(STAMP)
 	mkdir -p bench
-	set -e; for name in step stream scaling startup; do \
+	set -e; for name in step stream remote scaling startup; do \
 	  $(BIN)/python benchmarks/$$name.py --json bench/$$name.json; done
 
 lint: $(STAMP)
