@@ -152,8 +152,8 @@ class Loader:
     """Rows to batches. `colour` is `Statistics.colour()`, None for no colour shifts.
 
     A bad row raises DataError, or with `on_error="skip"` is left out of the batch and named in
-    it. Unless rows have to be `labelled`, labels are -1. `cache` is where decoded images are kept
-    for the next time, a number of bytes at most. Raises ValueError for another `on_error`.
+    it. Unless rows have to be `labelled`, labels are -1. Of decoded images `cache` bytes at most
+    are kept for the next time. Raises ValueError for another `on_error`.
     """
 
     def __init__(

@@ -97,7 +97,7 @@ class Rows:
         found: dict[int, Record] = {}
         # By group, so that each is fetched once however small the cache is.
         numbers, later = np.unique(groups).tolist(), []
-        if then is not None:
+        if self._far and then is not None:
             later = np.unique(np.searchsorted(self._ends, then, side="right")).tolist()
         for number, group in zip(numbers, self._groups(numbers, later), strict=True):
             for index in np.flatnonzero(groups == number).tolist():
