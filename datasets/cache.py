@@ -49,7 +49,7 @@ class PixelCache:
         self._each = size * size * 3
         rows = int(min(dataset.rows(split), most / (self._each + 8)))
         self._labels = np.zeros(0, np.int64)  # plus one; 0 for an image that is not there
-        self._full = True
+        self._full = False
         with suppress(OSError):
             if rows:
                 name = _identity(dataset, split, rows, f"{size} {least}")
@@ -66,7 +66,6 @@ class PixelCache:
         seen = mmap.mmap(self._at, length, prot=mmap.PROT_READ)
         self._labels = np.frombuffer(seen, np.int64, rows)
         self._pixels = np.frombuffer(seen, np.uint8, offset=8 * rows).reshape(rows, *self._shape)
-        self._full = False
 
     def labels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Those of `rows` (int64 [n], within the split), int64 [n]; -1 for images not kept."""

@@ -96,11 +96,13 @@ class Rows:
         groups = np.searchsorted(self._ends, rows, side="right")
         found: dict[int, Record] = {}
         # By group, so that each is fetched once however small the cache is.
-        numbers, later = np.unique(groups).tolist(), []
+        numbers, counts = np.unique(groups, return_counts=True)
+        parts = np.split(np.argsort(groups, kind="stable"), np.cumsum(counts))[:-1]
+        later: list[int] = []
         if self._far and then is not None:
             later = np.unique(np.searchsorted(self._ends, then, side="right")).tolist()
-        for number, group in zip(numbers, self._groups(numbers, later), strict=True):
-            for index in np.flatnonzero(groups == number).tolist():
+        for group, part in zip(self._groups(numbers.tolist(), later), parts, strict=True):
+            for index in part.tolist():
                 try:
                     found[index] = self._record(group, int(rows[index]))
                 except BadRow as error:
@@ -143,9 +145,8 @@ class Rows:
         for at, number in enumerate(numbers):
             if self._far:
                 self._ask(numbers[at : at + AT_ONCE])
-                if at + AT_ONCE >= len(numbers):
-                    self._ask(later)
             yield self._group(number)
+        self._ask(later)
 
     def _ask(self, numbers: list[int]) -> None:
         for number in numbers:

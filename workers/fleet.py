@@ -26,7 +26,7 @@ from ray.data.dataset import MaterializedDataset
 from datasets import DataError
 from datasets.augmentation import Augmentation, Batch, Loader
 from datasets.layout import Dataset
-from datasets.plan import Itinerary
+from datasets.plan import Itinerary, RowNumbers
 from datasets.statistics import Statistics
 from workers.config import Config
 from workers.parts import READ_AHEAD, Packed, Part, pack
@@ -36,8 +36,8 @@ from workers.watch import Watch
 
 SEGMENT = 16384  # blocks of one execution; Ray Data wants to know all of its input at the start
 AHEAD = 4, 8  # blocks that an augmenter works on or has next, for large and for small ones
-FORESIGHT = 3  # items that an augmenter expects, whose images begin to come from far away
 AHEAD_BYTES = 16 << 20  # of crops, if that is between the two
+FORESIGHT = 3  # items that an augmenter expects, whose images begin to come from far away
 
 
 class Fleet:
@@ -75,10 +75,9 @@ class Fleet:
         """The part of item `index` that belongs to `replica`; `loaders` keeps those made so far.
         `then` are items that are likely next here.
         """
-        item, rows = self.itinerary.item(index), self.itinerary.rows(index)
-        start, end = (len(rows) * r // self.replicas for r in (replica, replica + 1))
+        item, (start, rows) = self.itinerary.item(index), self._rows(index, replica)
         later = [
-            self.itinerary.rows(i)
+            self._rows(i, replica)[1]
             for i in then
             if i < len(self.itinerary) and self.itinerary.item(i).split == item.split
         ]
@@ -94,15 +93,18 @@ class Fleet:
                     cache=self._cache_bytes(item.split),
                 )
             batch = loaders[item.split].load(
-                rows[start:end],
-                item.epoch,
-                item.training,
-                np.concatenate(later) if later else None,
+                rows, item.epoch, item.training, np.concatenate(later) if later else None
             )
         except DataError as error:
             return _fault(self.crop, str(error))
         # Rows of a batch are distinct; those that were skipped leave their places empty.
-        return Part(batch, start + np.flatnonzero(np.isin(rows[start:end], batch.rows)))
+        return Part(batch, start + np.flatnonzero(np.isin(rows, batch.rows)))
+
+    def _rows(self, index: int, replica: int) -> tuple[int, RowNumbers]:
+        """Where a replica's part of an item begins, and its rows."""
+        rows = self.itinerary.rows(index)
+        start, end = (len(rows) * r // self.replicas for r in (replica, replica + 1))
+        return start, rows[start:end]
 
     def _cache_bytes(self, split: str) -> float:
         """A split's share of what a node keeps; nothing if nobody sees an image twice."""
