@@ -3,9 +3,10 @@
     python benchmarks/remote.py [--delay MS] [--json FILE]
 
 Serves shards of photographs by HTTP on this machine, each answer `--delay` milliseconds late, and
-loads batches of them as one augmenter of a fleet does, which makes every second batch, or every
-eighth. Prints its images a second, against the same from the disk; answers that it needs for each
-of its batches, and bytes for each byte of the images in them.
+loads an epoch of them as the augmenters of one machine do: one process, or eight. Row groups
+are fetched by each of them, or kept for all on the machine's disk, or there from an epoch before.
+Prints images a second of all, against the same from the disk; answers, and bytes for each byte of
+the shards.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from datasets.layout import Dataset
 from datasets.plan import Itinerary
 from datasets.shards import open_dataset
 from workers.fleet import FORESIGHT
+
+ROOM = 1e9
+"""Bytes for row groups, which is more than these shards have."""
 
 
 class Late(SimpleHTTPRequestHandler):
@@ -81,27 +85,43 @@ def serve(folder: str, delay: float, count: Any, port: Any) -> None:
     server.serve_forever()
 
 
-def loaded(dataset: Dataset, every: int, batches: int, count: Any) -> dict[str, float]:
-    """Images a second of an augmenter that makes one batch of so many; answers and bytes that it
-    got for each of its batches, counted by `count`.
+def augment(dataset: Dataset, number: int, of: int, place: str | None, both: Any) -> None:
+    """What one of so many augmenters of a machine does in an epoch, between two barriers; row
+    groups are kept at `place`.
     """
-    plan = Itinerary(dataset.groups("train"), None, batch=BATCH, seed=0, epochs=1000)
-    loader = Loader(dataset, "train", Augmentation(SIZE, CROP), None, seed=0)
-    loader.load(plan.rows(0), 0, True)
-    count[:] = 0, 0
-    images, start = 0, time.perf_counter()
-    for index in range(every, every * (batches + 1), every):
-        later = [plan.rows(index + every * (k + 1)) for k in range(FORESIGHT)]
-        batch = loader.load(plan.rows(index), plan.item(index).epoch, True, np.concatenate(later))
-        images += len(batch.rows)
-    rate = images / (time.perf_counter() - start)
-    return {"rate": rate, "answers": count[0] / batches, "bytes": count[1] / images}
+    tempfile.tempdir = place
+    plan = Itinerary(dataset.groups("train"), None, batch=BATCH, seed=0, epochs=1)
+    room = ROOM if place else 0
+    loader = Loader(
+        dataset, "train", Augmentation(SIZE, CROP), None, seed=0, cache=room, again=False
+    )
+    both.wait()
+    for index in range(number, len(plan), of):
+        next_ones = range(index + of, min(index + of * FORESIGHT + 1, len(plan)), of)
+        then = np.concatenate([plan.rows(i) for i in next_ones]) if next_ones else None
+        loader.load(plan.rows(index), 0, True, then)
+    both.wait()
+
+
+def rate(dataset: Dataset, augmenters: int, place: str | None) -> float:
+    """Images a second of so many augmenters together."""
+    spawn = multiprocessing.get_context("spawn")
+    both = spawn.Barrier(augmenters + 1)
+    all_of_them = [
+        spawn.Process(target=augment, args=(dataset, number, augmenters, place, both), daemon=True)
+        for number in range(augmenters)
+    ]
+    for process in all_of_them:
+        process.start()
+    both.wait()
+    start = time.perf_counter()
+    both.wait()
+    return dataset.rows("train") / (time.perf_counter() - start)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--delay", type=float, default=50.0, help="milliseconds an answer")
-    parser.add_argument("--batches", type=int, default=32, help="of each augmenter")
     parser.add_argument("--json", metavar="FILE", help="write the figures here, and FILE.md")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -114,21 +134,26 @@ def main() -> None:
         server.start()
         near = open_dataset(f"{folder}/shards")
         far = open_dataset(f"http://127.0.0.1:{here.recv()}/shards/")
-        image = sum(os.path.getsize(s.path) for s in near.shards("train")) / near.rows("train")
-        for every in (1, 2, 8):
-            disk = loaded(near, every, args.batches, count)
-            store = loaded(far, every, args.batches, count)
-            rows.append(
-                {
-                    "augmenters": every,
-                    "images/s of one": store["rate"],
-                    "x from disk": store["rate"] / disk["rate"],
-                    "answers a batch": store["answers"],
-                    "bytes x": store["bytes"] / image,
-                }
-            )
+        size = sum(os.path.getsize(shard.path) for shard in near.shards("train"))
+        for augmenters in (1, 8):
+            disk = rate(near, augmenters, None)
+            place = f"{folder}/{augmenters}"
+            os.mkdir(place)
+            for kept, where in (("no", None), ("yes", place), ("from before", place)):
+                count[:] = 0, 0
+                found = rate(far, augmenters, where)
+                rows.append(
+                    {
+                        "augmenters": augmenters,
+                        "kept": kept,
+                        "images/s": found,
+                        "x from disk": found / disk,
+                        "answers": count[0],
+                        "bytes x": count[1] / size,
+                    }
+                )
         server.terminate()
-    publish(f"One augmenter of a fleet, answers {args.delay:g} ms late", rows, args.json)
+    publish(f"A stream from far away, answers {args.delay:g} ms late", rows, args.json)
 
 
 if __name__ == "__main__":

@@ -152,8 +152,9 @@ class Loader:
     """Rows to batches. `colour` is `Statistics.colour()`, None for no colour shifts.
 
     A bad row raises DataError, or with `on_error="skip"` is left out of the batch and named in
-    it. Unless rows have to be `labelled`, labels are -1. Of decoded images `cache` bytes at most
-    are kept for the next time. Raises ValueError for another `on_error`.
+    it. Unless rows have to be `labelled`, labels are -1. The machine keeps `cache` bytes at most:
+    decoded images, if they are seen `again`, and row groups of a store far away. Raises ValueError
+    for another `on_error`.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class Loader:
         on_error: Literal["fail", "skip"] = "fail",
         labelled: bool = True,
         cache: float = 0,
+        again: bool = True,
     ) -> None:
         if on_error not in ("fail", "skip"):
             raise ValueError(f"on_error is {on_error!r}: fail or skip")
@@ -177,8 +179,12 @@ class Loader:
             )
         self.aug, self.seed, self.on_error = aug, seed, on_error
         self.colour = colour if aug.colour else None
-        self._source = Rows(dataset, split, labelled=labelled)
-        self._cache = PixelCache(dataset, split, aug.size, cache, least=aug.crop)
+        whole = PixelCache.whole(dataset, split, aug.size) if again else 0
+        decoded = min(cache, whole)
+        if dataset.far(split) and decoded < whole:
+            decoded /= 2  # encoded, ten times as many find room
+        self._source = Rows(dataset, split, labelled=labelled, disk_bytes=cache - decoded)
+        self._cache = PixelCache(dataset, split, aug.size, decoded, least=aug.crop)
 
     def load(
         self,

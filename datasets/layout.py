@@ -65,6 +65,10 @@ class Dataset:
             raise DataError(f"{self.root}: no split {split!r}; it has {', '.join(self.splits)}")
         return self.splits[split]
 
+    def far(self, split: str) -> bool:
+        """Whether shards of `split` are in a store that takes its time to answer."""
+        return any("://" in shard.path for shard in self.shards(split))
+
     def rows(self, split: str) -> int:
         """Rows of `split`."""
         return sum(shard.rows for shard in self.shards(split))

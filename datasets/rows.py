@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from datasets import DataError
+from datasets.cache import GroupCache
 from datasets.layout import Dataset, parquet, persistent
 
 AT_ONCE = 16
@@ -57,7 +59,8 @@ class Rows:
     """Reads any rows of one split, and keeps the row groups that were used last.
 
     Unless they have to be `labelled`, labels are not read, and are -1. `cache_groups` row groups at
-    most, of `cache_bytes` bytes together, are kept (always the last).
+    most, of `cache_bytes` bytes together, are kept (always the last). Those of a store far away the
+    machine keeps too, for all processes, in `disk_bytes` of its disk.
     """
 
     dataset: Dataset
@@ -65,6 +68,7 @@ class Rows:
     cache_groups: int = 1024
     cache_bytes: int = 256 << 20
     labelled: bool = True
+    disk_bytes: float = 0
     _cache: OrderedDict[int, _Group] = field(default_factory=OrderedDict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -72,7 +76,10 @@ class Rows:
         self._ends = np.cumsum(self.dataset.groups(self.split), dtype=np.int64)
         self._first = np.cumsum([0, *(len(shard.groups) for shard in self._shards)])
         self._footers: dict[int, Any] = {}
-        self._far = any("://" in shard.path for shard in self._shards)
+        self._columns = [self.dataset.image, *([self.dataset.label] if self.labelled else [])]
+        self._far = self.dataset.far(self.split)
+        disk = self.disk_bytes if self._far else 0
+        self._kept = GroupCache(self.dataset, self.split, self._columns, disk)
         self._threads = ThreadPoolExecutor(AT_ONCE)
         self._coming: dict[int, Future[_Group]] = {}
 
@@ -170,15 +177,14 @@ class Rows:
     def _fetch(self, number: int) -> _Group:
         shard_number, index = self._locate(number)
         shard = self._shards[shard_number]
-        columns = [self.dataset.image, *([self.dataset.label] if self.labelled else [])]
 
         def read() -> Any:
             with parquet(shard.path, self._footers.get(shard_number)) as file:
                 self._footers[shard_number] = file.metadata
-                return file.read_row_group(index, columns=columns)
+                return file.read_row_group(index, columns=self._columns)
 
-        table = persistent(shard.path, read)
-        images, *labels = (table.column(name).combine_chunks() for name in columns)
+        table = self._kept.table(shard, index, partial(persistent, shard.path, read))
+        images, *labels = (table.column(name).combine_chunks() for name in self._columns)
         if len(table) != shard.groups[index]:
             raise DataError(
                 f"{shard.path}: row group {index} has {len(table)} rows and had "

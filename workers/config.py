@@ -45,7 +45,7 @@ class Config(Recipe):
     pipeline: str = setting("1f1b", "Order of micro-batches in the stages.", ("1f1b", "gpipe"))
     device: str = setting("auto", "GPUs where the cluster has them.", ("auto", "cpu", "cuda"))
     augmenters: str = setting("1:8", "Fewest and most actors of the augmentation fleet, MIN:MAX.")
-    cache: float = setting(2.0, "GB of decoded images that each node keeps on disk; 0 for none.")
+    cache: float = setting(2.0, "GB of images that each node keeps on disk; 0 for none.")
     on_error: str = setting("fail", "What becomes of an image that is bad.", ("fail", "skip"))
     checkpoint_every: int | None = setting(None, "Steps between checkpoints inside an epoch.")
     timeout: float = setting(300.0, "Seconds that a rank waits for another before the run ends.")

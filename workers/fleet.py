@@ -91,6 +91,8 @@ class Fleet:
                     seed=self.config.seed,
                     on_error=self.config.on_error,  # type: ignore[arg-type]
                     cache=self._cache_bytes(item.split),
+                    again=bool(self.pool)
+                    or self.itinerary.total_steps > self.itinerary.steps_per_epoch,
                 )
             batch = loaders[item.split].load(
                 rows, item.epoch, item.training, np.concatenate(later) if later else None
@@ -107,9 +109,7 @@ class Fleet:
         return start, rows[start:end]
 
     def _cache_bytes(self, split: str) -> float:
-        """A split's share of what a node keeps; nothing if nobody sees an image twice."""
-        if not self.pool and self.itinerary.total_steps <= self.itinerary.steps_per_epoch:
-            return 0
+        """A split's share of what a node keeps."""
         all_rows = sum(
             self.dataset.rows(name) for name in ("train", self.itinerary.held_out) if name
         )

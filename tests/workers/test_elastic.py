@@ -95,7 +95,7 @@ def test_nodes_join_and_leave(
         towers = processes("ray::TowerActor")
         for graceful in (True, False):
             here.append(nodes.add_node(num_cpus=2, resources={"augment": 1}))
-            # One augmenter may be enough, so that nobody needs the new node until the other one goes.
+            # One augmenter may be enough: nobody needs the new node until the other one goes.
             gone.append(here.pop(0))
             left = time.time()
             nodes.remove_node(gone[-1], allow_graceful=graceful)
