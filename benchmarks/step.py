@@ -15,7 +15,8 @@ because an allocator's settings are a process's:
 MFU is the share of a matrix product's rate measured in the same process just before. On a GPU
 images lie in its memory already, as the stream brings them; plain modules have cuDNN try its
 algorithms out, Towers takes those that give the same bits, and "same bits" says whether two
-processes did. `--memory` lists what a step keeps for backward instead; operations.py times what it
+processes did. Where a processor cannot multiply bfloat16, plain modules take minutes for a step and
+are left out, and the product is one of float32. `--memory` lists what a step keeps for backward instead; operations.py times what it
 consists of.
 """
 
@@ -39,6 +40,7 @@ from pipeline import checkpoint, host
 from pipeline.crossing import Pair
 from pipeline.network import Network, build
 from pipeline.optimizer import SGD
+from pipeline.products import lacks_bfloat16, wide
 from pipeline.tower import Tower
 from pipeline.training import Images, Trainer
 
@@ -140,7 +142,7 @@ def gemm_rate(precision: str, device: str) -> float:
     GPU in TF32 for float32, as its convolutions are.
     """
     side, times = (2048, 10) if device == "cpu" else (8192, 50)
-    a = torch.randn(side, side, device=device).to(getattr(torch, precision))
+    a = wide(torch.randn(side, side, device=device).to(getattr(torch, precision)))
     torch.backends.cuda.matmul.allow_tf32 = True
     seconds = min(timing(lambda: a @ a) for _ in range(times))
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -241,7 +243,8 @@ def cases(batch: int, steps: int, cores: int, device: str) -> list[tuple[str, di
     last = common["layouts"] = ["channels-last"]
     for precision in ("float32", "bfloat16"):
         base = {**common, "precision": precision}
-        for kind, more in kinds:
+        slow = device == "cpu" and precision == "bfloat16" and lacks_bfloat16()
+        for kind, more in [] if slow else kinds:
             # To compile takes a GPU's host half a minute; channels-last is the better one there.
             for layouts in [last] if device != "cpu" and "compiled" in more else apart:
                 name = f"plain {precision}, {kind}"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import native
+from pipeline.products import wide
 
 
 def conv2d(
@@ -88,6 +89,8 @@ def gradients(
     mask: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those of x, weight and bias; what `mask` leaves out is undefined."""
+    dtype = grad.dtype
+    grad, x, weight = map(wide, (grad, x, weight))
     # oneDNN sums the bias's inside a float32 product of few channels, and takes twice as long.
     apart = mask[2] and (grad.is_cuda or grad.dtype != torch.bfloat16)
     both = [mask[0], mask[1], mask[2] and not apart]
@@ -104,7 +107,13 @@ def gradients(
         groups,
         both,
     )
-    return of_x, of_weight, _summed(grad) if apart else of_bias
+    if apart:
+        of_bias = _summed(grad)
+    if grad.dtype != dtype:
+        of_x, of_weight, of_bias = (
+            g if g is None else g.to(dtype) for g in (of_x, of_weight, of_bias)
+        )
+    return of_x, of_weight, of_bias
 
 
 def _summed(grad: Tensor) -> Tensor:
@@ -130,7 +139,8 @@ class _Conv2d(torch.autograd.Function):
         if rectified and x.is_cuda and torch.version.cuda and x.dtype != torch.float64:
             both = [stride] * 2, [padding] * 2, [1, 1], groups
             return torch.cudnn_convolution_relu(x, weight, bias, *both)
-        return F.conv2d(x, weight, bias, stride, padding, groups=groups)
+        y = F.conv2d(wide(x), wide(weight), wide(bias), stride, padding, groups=groups)
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.convolution import gradients
+from pipeline.products import wide
 from pipeline.tracing import Trace, clock
 from pipeline.waiting import LIMIT, all_reduce, settle, watch
 
@@ -120,28 +121,28 @@ class _CrossLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, pair: Pair) -> Tensor:
         swap = pair.swap(x)
-        own, other = _halves(weight, pair.tower)
-        y = F.linear(x, own, bias)
+        own, other = _halves(wide(weight), pair.tower)
+        y = F.linear(wide(x), own, wide(bias))
         x_other = swap.wait()
         ctx.save_for_backward(x, x_other, weight)
         ctx.pair, ctx.where = pair, pair.where
-        return y.addmm_(x_other, other.t())
+        return y.addmm_(wide(x_other), other.t()).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _backward(ctx)
-        x, x_other, weight = ctx.saved_tensors
+        dtype = grad.dtype
+        grad, x, x_other, weight = map(wide, (grad, *ctx.saved_tensors))
         own, other = _halves(weight, ctx.pair.tower)
         before, here = ctx.needs_input_grad[:2]  # the same in both towers: what is trained
         grad_x = grad_weight = grad_bias = None
-        swap = ctx.pair.swap(grad @ other) if before else None
+        swap = ctx.pair.swap((grad @ other).to(dtype)) if before else None
         if here:
             grad_t = grad.t()
-            grad_weight = _joined(grad_t @ x, grad_t @ x_other, ctx.pair.tower)
-            grad_bias = grad.sum(0)
+            grad_weight = _joined(grad_t @ x, grad_t @ x_other, ctx.pair.tower).to(dtype)
+            grad_bias = grad.sum(0).to(dtype)
         if swap:
-            grad_x = grad @ own
-            grad_x.add_(swap.wait())
+            grad_x = (grad @ own).add_(swap.wait()).to(dtype)
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -152,11 +153,11 @@ class _CrossConv2d(torch.autograd.Function):
     ) -> Tensor:
         swap = pair.swap(x)
         own, other = _halves(weight, pair.tower)
-        y = F.conv2d(x, own, bias, stride, padding)
+        y = F.conv2d(wide(x), wide(own), wide(bias), stride, padding)
         x_other = swap.wait()
         ctx.save_for_backward(x, x_other, weight)
         ctx.pair, ctx.where, ctx.stride, ctx.padding = pair, pair.where, stride, padding
-        return y.add_(F.conv2d(x_other, other, None, stride, padding))
+        return y.add_(F.conv2d(wide(x_other), wide(other), None, stride, padding)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

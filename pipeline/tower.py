@@ -16,6 +16,7 @@ from pipeline.crossing import Pair, cross_conv2d, cross_linear
 from pipeline.network import Network
 from pipeline.normalization import normalize
 from pipeline.pooling import max_pool
+from pipeline.products import linear
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,9 @@ class Block(nn.Module):
             assert pair
             return cross_linear(x, weight, bias, pair)
         if self.groups == 1:
-            return F.linear(x, weight, bias)
+            return linear(x, weight, bias)
         parts = zip(x.chunk(self.groups, 1), weight.chunk(self.groups), strict=True)
-        return torch.cat([F.linear(part, w) for part, w in parts], dim=1) + bias
+        return torch.cat([linear(part, w) for part, w in parts], dim=1) + bias
 
     def _drop(self, x: Tensor, dropout: Dropout) -> Tensor:
         # Kept outputs are doubled in training instead of halved in test: the same in expectation.
