@@ -15,9 +15,9 @@ because an allocator's settings are a process's:
 MFU is the share of a matrix product's rate measured in the same process just before. On a GPU
 images lie in its memory already, as the stream brings them; plain modules have cuDNN try its
 algorithms out, Towers takes those that give the same bits, and "same bits" says whether two
-processes did. Where a processor cannot multiply bfloat16, plain modules take minutes for a step and
-are left out, and the product is one of float32. `--memory` lists what a step keeps for backward instead; operations.py times what it
-consists of.
+processes did. Where a processor cannot multiply bfloat16, plain modules take minutes for a step
+and are left out, and the product is one of float32. `--memory` lists what a step keeps for
+backward instead; operations.py times what it consists of.
 """
 
 from __future__ import annotations
