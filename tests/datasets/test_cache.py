@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +19,8 @@ from datasets.cache import PixelCache
 from datasets.images import encode
 from datasets.layout import Dataset
 from datasets.shards import open_dataset, write_manifest, write_split
+
+pytestmark = pytest.mark.usefixtures("place")
 
 AUG, EACH = Augmentation(20, 12), 20 * 20 * 3 + 8  # bytes that a kept image takes
 ALL = 1e6
@@ -40,15 +40,6 @@ def write(folder: Path, images: list[bytes]) -> Dataset:
 @pytest.fixture
 def data(tmp_path: Path) -> Dataset:
     return write(tmp_path / "shards", [encode(picture(i)) for i in range(8)])
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where this test's caches are."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder / f"towers-{os.getuid()}"
 
 
 @pytest.fixture
@@ -101,7 +92,6 @@ def test_an_image_is_decoded_once_by_all_that_read_it(data: Dataset, decoded: li
 def test_another_process_finds_what_is_kept(data: Dataset, place: Path) -> None:
     made = loader(data).load(np.array([4, 1]), 0, False)
     program = f"""
-import tempfile
 tempfile.tempdir = {str(place.parent)!r}
 from datasets.cache import PixelCache
 from datasets.shards import open_dataset

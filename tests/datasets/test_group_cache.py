@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,6 +25,8 @@ from datasets.images import encode
 from datasets.layout import Dataset
 from datasets.rows import Rows
 from datasets.shards import open_dataset, write_manifest, write_split
+
+pytestmark = pytest.mark.usefixtures("place")
 
 EACH = 5000  # bytes of an image, about
 ROWS, PER_GROUP = 24, 2
@@ -53,15 +54,6 @@ def as_url(dataset: Dataset) -> Dataset:
 @pytest.fixture
 def data(tmp_path: Path) -> Dataset:
     return as_url(write(str(tmp_path / "shards")))
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where this test's caches are."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder / f"towers-{os.getuid()}"
 
 
 @pytest.fixture
