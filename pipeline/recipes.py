@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -92,6 +93,8 @@ class Recipe:
     def _at_least(self, name: str, least: int) -> None:
         if not getattr(self, name) >= least:
             raise ValueError(f"{name} is {getattr(self, name)}: at least {least}")
+        if getattr(self, name) == math.inf:
+            raise ValueError(f"{name} is inf: a finite number")
 
     def build(self, classes: int) -> Network:
         """The network of this recipe for so many classes."""

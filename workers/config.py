@@ -92,7 +92,9 @@ class Config(Recipe):
     def to_toml(self) -> str:
         """The whole configuration; JSON's strings, numbers and lists are TOML's too."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        lines = [f"{k} = {json.dumps(v)}" for k, v in values.items() if v is not None]
+        # TOML has no pairs of surrogates, which JSON writes for what is beyond 16 bits.
+        given = {k: json.dumps(v, ensure_ascii=False) for k, v in values.items() if v is not None}
+        lines = [f"{k} = {v}" for k, v in given.items()]
         return "\n".join(lines) + "\n"
 
 
@@ -117,7 +119,8 @@ def configure(given: dict[str, Any], file: str | None = None) -> Config:
         chosen.setdefault("stages", chosen["cuts"].count(",") + 2)
     if chosen.get("stages", 1) > 1 and "microbatches" not in chosen:
         # Twice as many as stages keep most of them busy, if the batch divides.
-        each = chosen.get("batch", recipe.get("batch", Config.batch)) // chosen.get("replicas", 1)
+        batch = chosen.get("batch", recipe.get("batch", Config.batch))
+        each = batch // max(1, chosen.get("replicas", 1))
         fitting = (m for m in range(2 * chosen["stages"], 0, -1) if each % m == 0)
         chosen["microbatches"] = next(fitting, 1)
     chosen["run"] = locate(chosen.get("run") or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -136,12 +139,17 @@ def locate(place: str) -> str:
     Raises UserError for a relative path in a job, where the working directory is a copy that goes.
     """
     if "://" in place:
-        return place
+        return bare(place)
     if not os.path.isabs(place) and "/runtime_resources/working_dir_files/" in os.getcwd():
         raise UserError(
             f"{place}: a job's working directory does not last; name an absolute path or a URL"
         )
     return os.path.abspath(place)
+
+
+def bare(place: str) -> str:
+    """A path or URL without the slash that may end it, behind which stores look for something."""
+    return place if place.endswith("://") else place.rstrip("/") or "/"
 
 
 def read_toml(file: str, what: str) -> dict[str, Any]:
@@ -153,6 +161,8 @@ def read_toml(file: str, what: str) -> dict[str, Any]:
         raise UserError(f"{file}: no such {what}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not TOML: {error}") from None
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{file}: not readable as a {what}: {error}") from None
 
 
 def read(file: str) -> dict[str, Any]:

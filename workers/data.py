@@ -9,11 +9,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-
 from datasets import DataError
 from datasets.drawn import write_drawn
-from datasets.layout import Dataset, write_whole
+from datasets.layout import Dataset, storage, write_whole
 from datasets.shards import open_dataset, read_manifest
 from datasets.statistics import Statistics
 from workers.config import Config
@@ -52,7 +50,7 @@ def check_classes(dataset: Dataset) -> None:
 def drawn(folder: str, progress: Progress) -> Dataset:
     """The built-in data set beside a run, so that all nodes that see the one see the other."""
     url = f"{folder}/shards"
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = storage(url)
     if not fs.exists(f"{path}/dataset.json"):
         progress.say("drawing the built-in data set")
         write_drawn(url)
@@ -81,7 +79,7 @@ def known_statistics(image: int, *folders: str) -> Statistics | None:
     """The first statistics of images of this size that lie in one of the folders."""
     for folder in folders:
         url = f"{folder.rstrip('/')}/{STATISTICS}"
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = storage(url)
         if fs.exists(path):
             statistics = Statistics.load(url)
             if statistics.mean_image.shape[0] == image:
@@ -97,7 +95,7 @@ def classes_of(dataset: Dataset) -> Classes:
 def keep(run: str, classes: Classes, statistics: Statistics | None) -> None:
     """Writes what a run's network needs to know of the data into the run."""
     text = json.dumps({"classes": classes.names, "words": classes.words}, indent=1) + "\n"
-    fs, path = fsspec.core.url_to_fs(run)
+    fs, path = storage(run)
     write_whole(fs, f"{path}/{CLASSES}", text.encode())
     if statistics:
         statistics.save(f"{run}/{STATISTICS}")
@@ -105,7 +103,7 @@ def keep(run: str, classes: Classes, statistics: Statistics | None) -> None:
 
 def kept_classes(run: str) -> Classes | None:
     """What `keep` wrote; None if it did not. Raises DataError if it is something else."""
-    fs, path = fsspec.core.url_to_fs(run)
+    fs, path = storage(run)
     if not fs.exists(f"{path}/{CLASSES}"):
         return None
     try:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from PIL import Image
 from datasets import DataError
 from datasets.augmentation import evaluation_views
 from datasets.images import decode, encode, fit
-from datasets.layout import write_whole
+from datasets.layout import storage, write_whole
 from datasets.rows import Rows
 from pipeline.evaluation import Verdicts, best
 from workers.progress import Progress
@@ -59,7 +58,7 @@ def write_evaluation(
         kept = {**about, **figures, **details(network, work, rows, verdict)}
         if len(work.networks) > 1:
             kept["average"] = result
-        fs, path = fsspec.core.url_to_fs(network.run)
+        fs, path = storage(network.run)
         try:
             write_whole(fs, f"{path}/{EVALUATION}", (json.dumps(kept) + "\n").encode())
         except OSError as error:
@@ -72,7 +71,7 @@ def read_evaluation(run: str) -> dict[str, Any] | None:
 
     Raises DataError if it is something else.
     """
-    fs, path = fsspec.core.url_to_fs(run)
+    fs, path = storage(run)
     if not fs.exists(f"{path}/{EVALUATION}"):
         return None
     try:

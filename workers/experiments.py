@@ -10,9 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import fsspec
-
-from datasets.layout import write_whole
+from datasets.layout import storage, write_whole
 from datasets.shards import open_dataset
 from workers.claims import ARMS, CLAIMS, Arm, Claim, Finding, judge
 from workers.claims_page import claims_page, markdown, told
@@ -79,7 +77,7 @@ def claims(
                     )
                 )
     result = {"run": folder, **asdict(scale), "seeds": seeds, "claims": lines}
-    fs, path = fsspec.core.url_to_fs(folder)
+    fs, path = storage(folder)
     curves = {arm: [(told.steps, told.curve) for told in found] for arm, found in runs.items()}
     for name, text in (
         (RESULT, json.dumps(result, indent=1) + "\n"),
@@ -92,7 +90,7 @@ def claims(
 
 def _keep(folder: str, scale: Scale) -> None:
     """Notes what the runs in a folder are of. Raises UserError if they are of something else."""
-    fs, path = fsspec.core.url_to_fs(folder)
+    fs, path = storage(folder)
     text = json.dumps(asdict(scale)) + "\n"
     try:
         if fs.exists(f"{path}/{SETTINGS}"):

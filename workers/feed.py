@@ -135,7 +135,18 @@ class Feed:
             stream.close()  # type: ignore[attr-defined]
 
     def _unwanted(self, number: int) -> bool:
-        return number != self.streams or self.end is not None
+        return number != self.streams or self._complete()
+
+    def _complete(self) -> bool:
+        """Whether nothing is missing before the end: of its last item one replica may have its
+        part, and another one not.
+        """
+        end = self.end
+        return (
+            end is not None
+            and self.next >= (end, 0)
+            and all(held.part for key, held in self.window.items() if key < (end, 0))
+        )
 
     def _room(self) -> bool:
         return len(self.window) < READ_AHEAD * self.fleet.replicas
@@ -144,10 +155,12 @@ class Feed:
         """Drops a stream whose node is lost, or that brings nothing while ranks wait: Ray Data may
         wait for ever for an actor whose node has left.
         """
-        while self.failure is None and self.end is None:
+        while self.failure is None:
             time.sleep(0.5)
             alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
             with self.there:
+                if self._complete():
+                    return
                 if gone := self.known - alive:
                     self._lose(gone)
                     continue

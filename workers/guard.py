@@ -65,7 +65,9 @@ def _wait(child: int) -> int:
         _told.append(number)
         os.kill(child, number)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    # What is ignored, as by nohup, stays so.
+    heard = [number for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in heard}
     try:
         return os.waitpid(child, 0)[1]
     finally:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from datetime import timedelta
 from typing import Any, TextIO
 
 PLAIN_SECONDS = 5.0
@@ -51,7 +52,7 @@ class Progress:
         """How many of `total` are done since `start` (time.monotonic) and how long it will take."""
         seconds = time.monotonic() - start
         rate = count / seconds if seconds else 0.0
-        left = time.strftime("%H:%M:%S", time.gmtime((total - count) / rate)) if rate else "?"
+        left = str(timedelta(seconds=round((total - count) / rate))) if rate else "?"
         share = count / total if total else 1.0
         text = f"{what} {count}/{total} ({share:.0%})  {rate:.0f} images/s  {left} left"
         self.line(text, last=count >= total)

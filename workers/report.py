@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from datasets.layout import storage
 from pipeline import checkpoint
 from workers.charts import Axis, Curve, Point, chart, colour
 from workers.config import UserError
@@ -101,7 +101,7 @@ def report(runs: Sequence[str], output: str = "") -> dict[str, Any]:
 def _read(run: str, name: str) -> Told:
     if not is_run(run):
         raise UserError(f"{run}: no run there")
-    fs, path = fsspec.core.url_to_fs(run)
+    fs, path = storage(run)
     config = fs.cat_file(f"{path}/{CONFIG}").decode()
     metrics, events = (read_lines(run, file) for file in (METRICS, EVENTS))
     return Told(run, name, config, metrics, events, read_evaluation(run))

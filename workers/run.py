@@ -8,11 +8,11 @@ import tempfile
 import time
 from typing import Any
 
-import fsspec
 import ray
+from fsspec.implementations.local import LocalFileSystem
 
 from datasets import DataError
-from datasets.layout import write_whole
+from datasets.layout import storage, write_whole
 from pipeline.mesh import Mesh
 from pipeline.tracing import Span, chrome
 from workers.config import Config, UserError
@@ -33,7 +33,7 @@ class RunFolder:
 
     def __init__(self, config: Config, *, resume: bool | None) -> None:
         self.config, self.url = config, config.run
-        self.fs, self.path = fsspec.core.url_to_fs(self.url)
+        self.fs, self.path = storage(self.url)
         self.remote = "://" in self.url
         exists = self.fs.exists(f"{self.path}/{CONFIG}")
         if resume is None:
@@ -54,9 +54,10 @@ class RunFolder:
             self.fs.makedirs(self.path, exist_ok=True)
             self.local = tempfile.mkdtemp(prefix="towers-run-") if self.remote else self.path
             if self.remote and self.resume:
-                self.fs.get(f"{self.path}/*.jsonl", self.local + "/")
-            with open(f"{self.local}/{CONFIG}", "w") as f:
-                f.write(self.config.to_toml())
+                for lines in self.fs.glob(f"{self.path}/*.jsonl"):  # none before a publishing
+                    self.fs.get_file(lines, f"{self.local}/{lines.rpartition('/')[2]}")
+            local, text = LocalFileSystem(), self.config.to_toml()
+            write_whole(local, f"{self.local}/{CONFIG}", text.encode())
             self.publish()
         except OSError as error:
             raise UserError(f"{self.url} cannot be written: {error}") from None
@@ -139,7 +140,7 @@ class RunFolder:
 
 def is_run(url: str) -> bool:
     """Whether a run has begun in this folder or URL."""
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = storage(url)
     found: bool = fs.exists(f"{path}/{CONFIG}")
     return found
 
@@ -149,7 +150,7 @@ def read_lines(run: str, name: str) -> list[dict[str, Any]]:
 
     Raises DataError, naming the line, if one is damaged.
     """
-    fs, path = fsspec.core.url_to_fs(run)
+    fs, path = storage(run)
     if not fs.exists(f"{path}/{name}"):
         return []
     whole = fs.cat_file(f"{path}/{name}").rpartition(b"\n")[0]  # a run may be writing
@@ -171,13 +172,13 @@ def write_scale(run: str, augmenters: str) -> None:
     """Asks a run for a fleet of another size. Raises UserError if there is no such run."""
     if not is_run(run):
         raise UserError(f"{run}: no run there")
-    fs, path = fsspec.core.url_to_fs(run)
+    fs, path = storage(run)
     write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
 
 
 def read_scale(run: str) -> str:
     """What `write_scale` wrote last, "" if nothing."""
-    fs, path = fsspec.core.url_to_fs(run)
+    fs, path = storage(run)
     fs.invalidate_cache()
     try:
         text: str = fs.cat_file(f"{path}/{SCALE}").decode().strip()
@@ -188,7 +189,7 @@ def read_scale(run: str) -> str:
 
 def check_visible(run: str) -> None:
     """Raises DataError if this node does not see the run's folder that the driver made."""
-    fs, path = fsspec.core.url_to_fs(run)
+    fs, path = storage(run)
     if not fs.exists(f"{path}/{CONFIG}"):
         raise DataError(
             f"{run} is not there on {ray.util.get_node_ip_address()}: on a cluster a run needs "
@@ -198,7 +199,7 @@ def check_visible(run: str) -> None:
 
 def checkpoints(run: str) -> list[int]:
     """The steps of a run's complete checkpoints, in order."""
-    fs, path = fsspec.core.url_to_fs(run)
+    fs, path = storage(run)
     fs.invalidate_cache()
     found = fs.glob(f"{path}/checkpoints/step-*/{COMPLETE}")
     return sorted(int(name.split("/")[-2].removeprefix("step-")) for name in found)

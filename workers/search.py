@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
-import fsspec
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
-from datasets.layout import write_whole
+from datasets.layout import storage, write_whole
 from datasets.shards import open_dataset
 from workers.cluster import connected
 from workers.config import Config, UserError, configure
@@ -109,7 +108,7 @@ def search(folder: str, wanted: Search | None, progress: Progress | None = None)
     progress = progress or Progress()
     resume = wanted is None
     todo = wanted or _kept(folder)
-    fs, path = fsspec.core.url_to_fs(folder)
+    fs, path = storage(folder)
     if wanted:
         if fs.exists(f"{path}/{SEARCH}"):
             raise UserError(f"{folder} already holds a search: --resume it, or name another")
@@ -176,7 +175,7 @@ def _written(
         "config": f"{folder}/{BEST}",
         "report": f"{folder}/{REPORT}",
     }
-    fs, path = fsspec.core.url_to_fs(folder)
+    fs, path = storage(folder)
     config = wanted.config(best["settings"], folder)
     text = "".join(
         line + "\n" for line in config.to_toml().splitlines() if not line.startswith("run =")
@@ -222,7 +221,7 @@ def _drawn(domain: Domain) -> Any:
 
 
 def _keep(folder: str, wanted: Search) -> None:
-    fs, path = fsspec.core.url_to_fs(folder)
+    fs, path = storage(folder)
     try:
         fs.makedirs(path, exist_ok=True)
         write_whole(fs, f"{path}/{SEARCH}", (json.dumps(asdict(wanted), indent=1) + "\n").encode())
@@ -231,7 +230,7 @@ def _keep(folder: str, wanted: Search) -> None:
 
 
 def _kept(folder: str) -> Search:
-    fs, path = fsspec.core.url_to_fs(folder)
+    fs, path = storage(folder)
     if not fs.exists(f"{path}/{SEARCH}"):
         raise UserError(f"{folder}: no search to resume")
     try:

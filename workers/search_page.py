@@ -139,7 +139,7 @@ def _table(lines: Sequence[dict[str, Any]], space: Space) -> str:
     heads = "<th>Trial<th class=n>Top-1<th class=n>Top-5<th class=n>Epochs"
     heads += "".join(f"<th class=n>{name}" for name in space)
     rows = []
-    for line in sorted(lines, key=lambda line: (line["state"] == "failed", line["top1_error"])):
+    for line in sorted(lines, key=_rank):
         if line["state"] == "failed":
             figures = f'<td class=soft colspan="3">{html.escape(line["why"])}'
         else:
@@ -150,6 +150,12 @@ def _table(lines: Sequence[dict[str, Any]], space: Space) -> str:
         settings = "".join(f"<td class=n>{_shown(line['settings'][name])}" for name in space)
         rows.append(f"<tr><td>{html.escape(line['trial'])}{figures}{settings}")
     return f'<div style="overflow-x:auto"><table><tr>{heads}{"".join(rows)}</table></div>'
+
+
+def _rank(line: dict[str, Any]) -> tuple[bool, float]:
+    """The best first; those that failed last, with an error or without."""
+    failed = line["state"] == "failed"
+    return failed, 0.0 if failed else line["top1_error"]
 
 
 def _told(settings: dict[str, Any]) -> str:

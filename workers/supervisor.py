@@ -148,6 +148,7 @@ class _Run:
             group = placement.reserve(self.job.placement, self.fleet.name)
             try:
                 if not self.made:  # a run that found no room leaves no folder behind
+                    self._start()  # nor does a configuration that does not fit change one
                     self.folder.create()
                     self.begin()
                     del self.begin  # and the weights that it may hold
@@ -194,12 +195,10 @@ class _Run:
 
     def _attempt(self, actors: Actors) -> dict[str, Any]:
         """Trains from the last checkpoint to the end."""
-        kept = self.folder.checkpoints()
-        resume = self.folder.checkpoint(kept[-1]) if kept else None
+        resume, start = self._start()
         mesh, itinerary = self.job.placement.mesh, self.job.itinerary
         feed, towers = actors.feed, actors.towers
-        network = self.job.config.build(self.job.classes)
-        start = _start(itinerary, network, resume)
+        self.augmenters, self.stalls = self.job.config.augmenters, 0  # as this feed has them
         opened = feed.open.remote(start)  # the fleet starts while the towers build their weights
         address = ray.get(towers[0].address.remote())
         joined = ray.get([tower.join.remote(address, resume) for tower in towers])
@@ -218,7 +217,9 @@ class _Run:
                 self._take(report, feed)
             self._heed(feed)
         steps = self.folder.checkpoints()
-        if self.stopping and (not steps or steps[-1] < itinerary.total_steps):
+        total = itinerary.total_steps
+        judged = not itinerary.held_out or any(e["step"] == total for e in self.evaluations)
+        if self.stopping and not (judged and steps and steps[-1] == total):
             step = f"step {steps[-1]}, of which a checkpoint is kept" if steps else "the start"
             raise RunFailed(f"stopped by {self.stopping} at {step}; --resume goes on from there")
         if not steps:
@@ -228,6 +229,18 @@ class _Run:
         if self.traces:
             self.folder.profile(self.traces, mesh)
         return self._summary(last, sha)
+
+    def _start(self) -> tuple[str | None, int]:
+        """The last checkpoint, if there is one, and the item to go on with.
+
+        Raises UserError if it is of another network, or has more steps than the run is to have.
+        """
+        kept = self.folder.checkpoints()
+        if not kept:
+            return None, 0
+        network = self.job.config.build(self.job.classes)
+        resume = self.folder.checkpoint(kept[-1])
+        return resume, _start(self.job.itinerary, network, resume)
 
     def _heed(self, feed: Any) -> None:
         """Does what was asked for from outside: a signal, or `towers scale`."""
@@ -326,13 +339,8 @@ def _terminated(run: _Run) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _start(itinerary: Itinerary, network: Network, resume: str | None) -> int:
-    """The item to go on with after a checkpoint: read from its progress without its tensors.
-
-    Raises UserError if the checkpoint is of another network.
-    """
-    if not resume:
-        return 0
+def _start(itinerary: Itinerary, network: Network, resume: str) -> int:
+    """The item to go on with after a checkpoint: read from its progress without its tensors."""
     from pipeline import checkpoint
 
     try:
@@ -340,5 +348,10 @@ def _start(itinerary: Itinerary, network: Network, resume: str | None) -> int:
     except ValueError as error:
         raise UserError(str(error)) from None
     progress = checkpoint.read_progress(resume)
+    if progress["step"] > itinerary.total_steps:
+        raise UserError(
+            f"{resume} has done {progress['step']} steps, and the run is to have "
+            f"{itinerary.total_steps}: more --epochs or --steps"
+        )
     evaluated = any(e["step"] == progress["step"] for e in progress["evaluations"])
     return itinerary.after(progress["step"], evaluated)

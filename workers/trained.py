@@ -12,7 +12,7 @@ from datasets.statistics import Statistics
 from pipeline import checkpoint
 from pipeline.evaluation import Classifier
 from pipeline.network import Network
-from workers.config import Config, UserError, configure
+from workers.config import Config, UserError, bare, configure
 from workers.data import Classes, classes_of, kept_classes, known_statistics, training_data
 from workers.run import checkpoint_url, checkpoints
 
@@ -78,6 +78,7 @@ def open_trained(run: str, step: int | None = None) -> Trained:
 
     Raises UserError if there is no such checkpoint or no configuration.
     """
+    run = bare(run)
     step = pick_step(run, step)
     config = configure({}, f"{run}/config.toml")
     weights = checkpoint.load_weights(checkpoint_url(run, step))

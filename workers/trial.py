@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from ray import tune
 
 from datasets import DataError
+from datasets.layout import storage
 from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import STATISTICS, known_statistics
@@ -43,7 +43,7 @@ def trial(settings: dict[str, Any], make: Make, pool: Pool, folder: str) -> None
         return
     config = _placed(config)
     if found := known_statistics(config.image, statistics_place(folder, config)):
-        fs, path = fsspec.core.url_to_fs(config.run)
+        fs, path = storage(config.run)
         fs.makedirs(path, exist_ok=True)
         found.save(f"{config.run}/{STATISTICS}")
     reporter = Reporter(config)
@@ -88,8 +88,8 @@ def _forked(config: Config, origin: str, step: int) -> Config:
     which is still kept.
     """
     step = next(kept for kept in checkpoints(origin) if kept >= step)
-    fs, path = fsspec.core.url_to_fs(checkpoint_url(config.run, step))
-    _, source = fsspec.core.url_to_fs(checkpoint_url(origin, step))
+    fs, path = storage(checkpoint_url(config.run, step))
+    _, source = storage(checkpoint_url(origin, step))
     fs.makedirs(path, exist_ok=True)
     for file in fs.ls(source, detail=False):  # what makes it complete comes last
         if not file.endswith("/.metadata"):

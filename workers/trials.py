@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from ray import tune
 from ray.tune.search import Searcher
 
+from datasets.layout import storage
 from datasets.shards import open_dataset
 from workers import placement
 from workers.config import Config, UserError
@@ -107,6 +107,8 @@ def run_trials(
                 ),
             )
         found = [_told(result) for result in tuner.fit()]
+        for one in found:  # Tune says nothing of those that the time ends
+            placement.free(one.name)
     except tune.TuneError as error:
         last = (str(error).strip().splitlines() or ["no message"])[-1]
         raise RunFailed(f"Ray Tune ended: {last}; what the trials did is kept") from error
@@ -167,7 +169,7 @@ def prepare_data(configs: Sequence[Config], folder: str, progress: Progress) -> 
     for config in {config.image: config for config in configs}.values():
         place = statistics_place(folder, config)
         if not known_statistics(config.image, shards, place):
-            fs, path = fsspec.core.url_to_fs(place)
+            fs, path = storage(place)
             fs.makedirs(path, exist_ok=True)
             used = dataset.first("train", config.images) if config.images else dataset
             measured(used, config, place, {"CPU": 1}, progress)
@@ -193,6 +195,9 @@ class _Told(tune.Callback):
             f"top-1 error {result['top1_error']:.1%}  ({done} of {len(trials)} trials done)"
         )
 
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        placement.free(trial.trial_id)  # one that Tune ends may not come to it
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         placement.free(trial.trial_id)
         self.progress.say(f"trial {trial.trial_id} lost its process for good")
@@ -216,7 +221,7 @@ class _Stop(tune.Stopper):
 
 def _restored(place: str, trainable: Any, progress: Progress) -> Any:
     """Tune as it was when it last wrote down where it is; None if it had not got so far."""
-    fs, path = fsspec.core.url_to_fs(place)
+    fs, path = storage(place)
     if not (tune.Tuner.can_restore(place) and fs.glob(f"{path}/experiment_state-*.json")):
         progress.say("no trial had begun: from the start")
         return None

@@ -22,9 +22,9 @@ def test_options_stand_over_the_file_and_the_file_over_the_recipe(tmp_path: Path
 
 @pytest.mark.parametrize("network", RECIPES)
 def test_what_is_written_is_read_back(network: str, tmp_path: Path) -> None:
-    config = configure({"network": network, "run": str(tmp_path), "shards": "s3://bucket/x"})
+    config = configure({"network": network, "run": str(tmp_path), "shards": "s3://bucket/🦋"})
     file = tmp_path / "config.toml"
-    file.write_text(config.to_toml())
+    file.write_text(config.to_toml(), "utf-8")
     assert configure({}, str(file)) == config
 
 
@@ -56,6 +56,8 @@ def test_every_field_has_a_sentence() -> None:
         ({"augmenters": "4:2"}, "augmenters is '4:2': 1 <= MIN <= MAX"),
         ({"augmenters": "many"}, "augmenters is 'many': MIN:MAX, such as 1:8"),
         ({"rate": -1.0}, "rate is -1.0: more than 0"),
+        ({"timeout": float("inf")}, "timeout is inf: a finite number"),
+        ({"stages": 2, "replicas": 0}, "replicas is 0"),
         ({"rate": float("nan")}, "rate is nan: more than 0"),
         ({"image": 60}, "image is 60: at least the crop of 64 pixels"),
         ({"network": "alexnet", "drops": (3.0,)}, "only schedule 'steps' has drops"),
@@ -84,6 +86,25 @@ def test_files_that_cannot_be(text: str, message: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(UserError, match=message):
         configure({}, str(file))
+
+
+@pytest.mark.parametrize("place", ["{folder}", "nowhere://config.toml", "{folder}/none.toml"])
+def test_no_file_there(place: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        configure({}, place.format(folder=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("s3://bucket/run/", "s3://bucket/run"),
+        ("s3://bucket/run", "s3://bucket/run"),
+        ("memory://", "memory://"),
+        ("/there/run/", "/there/run"),
+    ],
+)
+def test_a_slash_at_the_end_says_nothing(given: str, meant: str) -> None:
+    assert configure({"run": given}).run == meant
 
 
 def test_in_a_job_a_relative_path_is_refused(

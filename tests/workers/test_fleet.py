@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ from workers.config import configure
 from workers.feed import Feed
 from workers.fleet import Fleet, part_bytes, store_bytes
 from workers.measure import measure
-from workers.parts import Part, pack, unpack
+from workers.parts import Packed, Part, pack, unpack
 from workers.placement import Placement, cluster_nodes, decide
 from workers.watch import Watch
 
@@ -188,6 +189,39 @@ def test_a_fleet_that_stalls_is_started_anew(
     found |= taken(feed, 3, len(alone))
     assert found == alone
     assert ray.get(feed.state.remote())["stalls"] >= 1
+
+
+class Late:
+    """A fleet whose parts from one on come late."""
+
+    def __init__(self, made: Fleet, first: tuple[int, int]) -> None:
+        self.made, self.first, self.due = made, first, threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.made, name)
+
+    def stream(self, start: int, watch: Watch) -> Iterator[tuple[int, int, Packed]]:
+        for index, replica, part in self.made.stream(start, watch):
+            if (index, replica) >= self.first:
+                self.due.wait()
+            yield index, replica, part
+
+
+def test_a_feed_stops_once_all_replicas_have_the_last_item(shards: str) -> None:
+    late = Late(fleet(shards, replicas=2, augmenters="1:1"), (2, 1))
+    feed, found = Feed(late), []  # type: ignore[arg-type]
+    feed.open(0)
+    for key in (0, 0), (0, 1), (1, 0), (1, 1), (2, 0):
+        assert feed.take(*key, True)
+    assert feed.stop() == 3
+    rest = threading.Thread(target=lambda: found.append(feed.take(2, 1, True)), daemon=True)
+    rest.start()
+    late.due.set()
+    rest.join(60)
+    assert found
+    assert found[0]
+    assert feed.take(3, 0, True) is None
+    feed.release()
 
 
 def test_a_feed_stops_all_ranks_at_one_item(shards: str, feeds: Callable[..., Any]) -> None:

@@ -20,6 +20,7 @@ from workers.history import read_history
 from workers.progress import Progress
 from workers.run import CONFIG, EVENTS, read_lines
 from workers.search import Search, search
+from workers.search_page import _table
 from workers.space import Domain
 
 pytestmark = pytest.mark.usefixtures("two_cores")
@@ -117,6 +118,12 @@ def test_two_runs_are_side_by_side_and_share_the_fleet(found: dict[str, Any]) ->
     assert first <= second < last
 
 
+def test_no_room_is_kept(found: dict[str, Any]) -> None:
+    groups = ray.util.placement_group_table().values()
+    assert groups
+    assert {group["state"] for group in groups} == {"REMOVED"}
+
+
 def test_the_page_has_a_line_a_trial(found: dict[str, Any]) -> None:
     page = Path(found["report"]).read_text()
     assert page.count("<polyline") == 2
@@ -124,6 +131,16 @@ def test_the_page_has_a_line_a_trial(found: dict[str, Any]) -> None:
     for axis in ("rate", "lrn_size", "decay", "top-1 error"):
         assert f"{axis}</text>" in page
     assert f"{found['best']['top1_error']:.2%}" in page
+
+
+def test_the_page_has_trials_that_failed_before_and_after_a_report(found: dict[str, Any]) -> None:
+    space = {"rate": Domain(low=0.001, high=1.0)}
+    line = {"trial": "a", "top1_error": 0.25, "top5_error": 0.1, "epoch": 3, "state": "done"}
+    line |= {"settings": dict.fromkeys(space, 1.0), "why": ""}
+    failed = {**line, "state": "failed", "why": "no room"}
+    rows = _table([{**failed, "top1_error": None}, failed, line], space)
+    assert rows.count("no room") == 2
+    assert rows.index("25.00%") < rows.index("no room")
 
 
 def test_a_folder_that_holds_a_search_is_left_alone(

@@ -24,8 +24,9 @@ from datasets.shards import write_manifest, write_split
 from pipeline.checkpoint import read_progress
 from workers.config import configure
 from workers.progress import Progress
-from workers.run import checkpoints
+from workers.run import RunFolder, checkpoints
 from workers.supervisor import train
+from workers.trained import open_trained
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_shards_and_run_on_an_object_store(bucket: str, shards: str) -> None:
     fs = fsspec.filesystem("s3")
     fs.put(f"{shards}/", "bucket/shards", recursive=True)
     given = {"network": "alexnet-mini", "batch": 64, "epochs": 2, "augmenters": "1:1", "keep": 1}
-    config = configure({**given, "shards": f"{bucket}/shards", "run": f"{bucket}/run"})
+    config = configure({**given, "shards": f"{bucket}/shards/", "run": f"{bucket}/run/"})
     result = train(config)
     assert result["steps"] == 6
     assert 6 in checkpoints(f"{bucket}/run")
@@ -83,9 +84,23 @@ def test_shards_and_run_on_an_object_store(bucket: str, shards: str) -> None:
     assert last["weights_sha256"] == result["weights_sha256"]
     assert fs.exists("bucket/run/config.toml")
     assert fs.exists("bucket/run/metrics.jsonl")
+    assert open_trained(f"{bucket}/run/").step == 6
     # The same, resumed where it had ended.
     again = train(config, resume=True)
     assert again["weights_sha256"] == result["weights_sha256"]
+
+
+def test_a_run_that_died_before_it_published_a_line_goes_on() -> None:
+    config = configure({"network": "alexnet-mini", "run": "memory://died/run"})
+    RunFolder(config, resume=False).create()
+    folder = RunFolder(config, resume=True)
+    folder.create()
+    folder.event("start")
+    folder.close()
+    again = RunFolder(config, resume=True)
+    again.create()
+    assert again.count("start") == 1
+    again.close()
 
 
 class Outages(Progress):

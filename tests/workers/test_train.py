@@ -146,10 +146,14 @@ def test_a_checkpoint_of_another_network_is_refused(
     undisturbed: tuple[Path, dict], shards: str, tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed[0], tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     with pytest.raises(
         UserError, match=r"is of another network: conv1.weight is \(32, 3, 11, 11\)"
     ):
         run(tmp_path / "run", shards, network="cifar", image=72, resume=True)
+    with pytest.raises(UserError, match=r"has done \d+ steps, and the run is to have 1: more"):
+        run(tmp_path / "run", shards, steps=1, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 class Killer(Progress):
