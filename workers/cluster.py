@@ -36,7 +36,7 @@ def connected() -> Iterator[None]:
         ray.init(
             _address(), logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False
         )
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         address = os.environ.get("RAY_ADDRESS", "this machine")
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"no Ray cluster at {address}: {reason}") from None

@@ -53,7 +53,10 @@ def drawn(folder: str, progress: Progress) -> Dataset:
     fs, path = storage(url)
     if not fs.exists(f"{path}/dataset.json"):
         progress.say("drawing the built-in data set")
-        write_drawn(url)
+        try:
+            write_drawn(url)
+        except OSError as error:
+            raise DataError(f"{url} cannot be written: {error}") from None
     return open_dataset(url)
 
 
