@@ -92,6 +92,7 @@ def test_an_image_is_decoded_once_by_all_that_read_it(data: Dataset, decoded: li
 def test_another_process_finds_what_is_kept(data: Dataset, place: Path) -> None:
     made = loader(data).load(np.array([4, 1]), 0, False)
     program = f"""
+import tempfile
 tempfile.tempdir = {str(place.parent)!r}
 from datasets.cache import PixelCache
 from datasets.shards import open_dataset
