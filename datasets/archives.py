@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import struct
 import tarfile
 import zipfile
@@ -10,6 +11,9 @@ from typing import Any, NamedTuple
 
 from datasets import DataError
 from datasets.layout import said
+
+HEADERS: dict[str, Any] = {"cache_type": "readahead", "block_size": 1 << 16}
+"""How far an archive is read ahead: about to the next header, not through the images."""
 
 MAX_HEADER = 1 << 20
 """Bytes that an archive's header may ask for at once; a damaged one may name any number."""
@@ -34,11 +38,27 @@ class Member(NamedTuple):
 def tar_members(
     file: Any, place: str, start: int = 0, length: int | None = None
 ) -> Iterator[Member]:
-    """The regular files of the tar that lies at `start` in `file`, `length` bytes long.
+    """The regular files of the tar that lies at `start` in `file`, `length` bytes long; under
+    their other names, where links are such, at the end.
 
     Reads headers and skips contents. Raises DataError, naming `place` and the byte, for a damaged
     or truncated archive, which Python's own reader would take for its end.
     """
+    links: dict[str, list[str]] = {}
+    for member, linked in _entries(file, place, start, length):
+        if linked:
+            links.setdefault(linked, []).append(member.name)
+        else:
+            yield member
+    if links:  # again, as all names of a large archive would fill the memory
+        for member, linked in _entries(file, place, start, length):
+            if not linked:
+                names = links.get(posixpath.normpath(member.name), ())
+                yield from (member._replace(name=name) for name in names)
+
+
+def _entries(file: Any, place: str, start: int, length: int | None) -> Iterator[tuple[Member, str]]:
+    """The regular files and the links of a tar, with what a link leads to, "" for a file."""
     end = file.seek(0, 2) if length is None else start + length
     file.seek(start)
     try:
@@ -54,7 +74,12 @@ def tar_members(
                 if member.offset_data + (member.size if member.isreg() else 0) > end:
                     raise DataError(f"{place}: ends inside {member.name}; copy it again")
                 if member.isreg() and not member.issparse():
-                    yield Member(member.name, member.offset_data, member.size)
+                    yield Member(member.name, member.offset_data, member.size), ""
+                elif member.islnk() or member.issym():
+                    # A hard link is to a name in the archive, a symbolic one goes from its folder.
+                    folder = posixpath.dirname(member.name) if member.issym() else ""
+                    linked = posixpath.normpath(posixpath.join(folder, member.linkname))
+                    yield Member(member.name, 0, 0), linked
             at = tar.offset
     except (tarfile.TarError, EOFError, OverflowError, UnicodeError, ValueError) as error:
         if isinstance(error, DataError):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets import DataError
-from datasets.listing import by_folder, ordered, stem
+from datasets.listing import by_folder, ordered, plain_path, stem
 from datasets.plan import Plan
 from datasets.randomness import stream
 from datasets.sources import Source
@@ -32,7 +32,7 @@ def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.b
 
 
 def labels_of(
-    source: Source, entries: Any, labels: Mapping[str, str] | Sequence[str] | None
+    source: Source, entries: Any, labels: Mapping[str, tuple[str, str]] | Sequence[str] | None
 ) -> tuple[list[str | None], list[str]]:
     """Each image's class name, None if it has none, and its split, "" if the source has none."""
     names: list[str] = entries["name"].to_pylist()
@@ -44,15 +44,22 @@ def labels_of(
         told = dict(zip(places, labels, strict=True))
         return [told[i] for i in range(len(names))], given
     if labels is not None:
-        missing = next((name for name in names if stem(name) not in labels), None)
-        if missing:
-            raise DataError(f"{missing}: not in the list of labels; add or remove it")
-        return [labels[stem(name)] for name in names], given
-    found: list[str | None] = entries["label"].to_pylist()
-    if source.kind in ("files", "tar", "zip") and None in found:
+        found = [labels.get(plain_path(name)) or labels.get(stem(name)) for name in names]
+        for name, one in zip(names, found, strict=True):
+            if not one:
+                raise DataError(
+                    f"{name}: the list of labels has no such path, nor one label for its name alone"
+                )
+        told_splits = [one[1] for one in found if one]
+        return [one[0] for one in found if one], [
+            told or own for told, own in zip(told_splits, given, strict=True)
+        ]
+    known: list[str | None] = entries["label"].to_pylist()
+    if source.kind in ("files", "tar", "zip") and None in known:
         pairs = by_folder(names)
-        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    return found, given
+        splits = [pair[1] or own for pair, own in zip(pairs, given, strict=True)]
+        return [pair[0] for pair in pairs], splits
+    return known, given
 
 
 def classes_of(
@@ -88,21 +95,22 @@ def splits_of(
     name. A source without splits is held out from. Raises DataError if it has others.
     """
     everything = np.arange(len(codes))
-    names = sorted({name or "train" for name in given})
+    told = any(name != "train" for name in given if name)
+    given = [name or "train" for name in given]
+    names = sorted(set(given))
     if split and len(names) == 1:
         return {split: everything}
     if split:
         if split not in names:
             raise DataError(f"split is {split!r}: the source has {', '.join(names)}")
         return {split: everything[np.array(given) == split]}
-    if set(given) <= {"", "train"}:
+    if not told:
         labelled = np.flatnonzero(codes >= 0)
         chosen = np.zeros(len(codes), bool)
         chosen[labelled] = hold_out(codes[labelled], share, seed)
         parts = {"train": everything[~chosen], "val": everything[chosen]}
         return {name: rows for name, rows in parts.items() if len(rows)}
-    named = np.array([name or "train" for name in given])
-    return {name: everything[named == name] for name in names}
+    return {name: everything[np.array(given) == name] for name in names}
 
 
 def order_of(

@@ -28,7 +28,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from datasets.images import Pixels
-from datasets.layout import Dataset, Shard, storage
+from datasets.layout import Dataset, Shard
 
 BOOT = "/proc/sys/kernel/random/boot_id"
 """A crash may leave other things in a file than were written: each start has files of its own."""
@@ -75,6 +75,8 @@ class PixelCache:
         if os.fstat(self._at).st_size != length:
             _sweep(path)
             os.ftruncate(self._at, length)  # takes no room yet
+        # Of a hole in memory, as /tmp may be, even a read needs room, or ends the process.
+        os.posix_fallocate(self._at, 0, 8 * rows)
         seen = mmap.mmap(self._at, length, prot=mmap.PROT_READ)
         self._labels = np.frombuffer(seen, np.int64, rows)
         self._pixels = np.frombuffer(seen, np.uint8, offset=8 * rows).reshape(rows, *self._shape)
@@ -155,7 +157,7 @@ class GroupCache:
         """Where a row group of the shard as it is now belongs."""
         if self._folder and shard.path not in self._marks:
             with suppress(Exception):  # whoever reads it says what is wrong with it
-                self._marks[shard.path] = _hash([_state(shard)])
+                self._marks[shard.path] = _hash([shard.state()])
         mark = self._marks.get(shard.path)
         return self._folder / f"{mark}.{index}" if self._folder and mark else None
 
@@ -177,7 +179,7 @@ class GroupCache:
             _check_free(file.fileno())
             file.truncate(0)  # somebody may have ended while writing
             with pa.ipc.new_file(file, table.schema) as out:
-                out.write_table(table.combine_chunks())
+                out.write_table(table)
             file.flush()
             os.rename(f"{path}{PART}", path)
             self._make_room(table.nbytes)
@@ -223,7 +225,7 @@ def _identity(dataset: Dataset, split: str, rows: int, how: str) -> str:
     for shard in dataset.shards(split):
         if rows > 0:
             try:
-                parts += [_state(shard), str(shard.groups)]
+                parts += [shard.state(), str(shard.groups)]
             except Exception as error:  # whoever reads it says what is wrong with it
                 raise OSError from error
         rows -= shard.rows
@@ -232,12 +234,6 @@ def _identity(dataset: Dataset, split: str, rows: int, how: str) -> str:
 
 def _hash(parts: list[str]) -> str:
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
-
-
-def _state(shard: Shard) -> str:
-    """Changes if the file does."""
-    fs, path = storage(shard.path)
-    return f"{shard.path} {sorted(fs.info(path).items())!r}"
 
 
 def _check_free(file: int) -> None:

@@ -15,6 +15,7 @@ from datasets.rows import Rows
 
 _BATCH_BYTES = 32 << 20
 _BATCH = 64
+_UNKNOWN = 2 << 20  # bytes that an image may well have whose source does not say
 
 
 class Entry(NamedTuple):
@@ -48,7 +49,7 @@ def fetch(entries: Sequence[Entry], dataset: Dataset | None, split: str) -> Iter
     while start < len(entries):
         stop, size = start, 0
         while stop < len(entries) and stop - start < _BATCH and size < _BATCH_BYTES:
-            size += max(0, entries[stop].length)
+            size += entries[stop].length if entries[stop].length >= 0 else _UNKNOWN
             stop += 1
         yield from _ranges(entries[start:stop])
         start = stop
@@ -101,9 +102,9 @@ def _checked(entry: Entry, data: bytes | Exception | None) -> bytes | str:
     """What was got, unpacked, if it is what the source says."""
     what = entry.name
     if isinstance(data, FileNotFoundError):
-        return f"{what}: no such file {entry.file}; correct the list or add the file"
+        return f"{what}: no such file ({entry.file}); correct the list or add the file"
     if isinstance(data, Exception):
-        return f"{what}: {entry.file} cannot be read ({said(data)}); correct the source"
+        return f"{what}: cannot be read ({entry.file}: {said(data)}); correct the source"
     if data is None or len(data) > MAX_BYTES:
         return f"{what}: more than {MAX_BYTES >> 20} MiB; is it an image?"
     if entry.packed >= 0:
@@ -111,11 +112,11 @@ def _checked(entry: Entry, data: bytes | Exception | None) -> bytes | str:
             try:
                 data = zlib.decompressobj(-15).decompress(data, entry.length + 1)
             except zlib.error as error:
-                return f"{what}: damaged in {entry.file} ({error}); pack it again"
+                return f"{what}: damaged ({entry.file}: {error}); pack it again"
         else:
             data = b""
     if entry.length >= 0 and len(data) != entry.length:
-        return f"{what}: {entry.file} ends inside it; copy it again"
+        return f"{what}: its file ends inside it ({entry.file}); copy it again"
     if entry.check >= 0 and zlib.crc32(data) != entry.check:
-        return f"{what}: damaged in {entry.file} (its checksum is another); copy it again"
+        return f"{what}: damaged ({entry.file} has another checksum); copy it again"
     return data

@@ -35,15 +35,24 @@ def split_files(root: str, paths: list[str]) -> dict[str, list[str]]:
     """The Parquet files below `root` by split, each split in the order of names.
 
     A file `train-*` or in a folder `train` belongs to "train"; all of them do if no name tells.
-    Raises DataError if files that names like `train-00000-of-00042` speak of are missing.
+    Raises DataError if files that names like `train-00000-of-00042` speak of are missing, or there
+    are several data sets in folders of their own, as Hugging Face has configurations.
     """
     splits: dict[str, list[str]] = defaultdict(list)
+    sets: dict[str, set[str]] = defaultdict(set)
     for path in sorted(paths):
         *folders, name = path.removeprefix(root).strip("/").split("/")
         parts = [re.split(r"[-_.]", name)[0], *reversed(folders)]
         known = next((SPLITS[part.lower()] for part in parts if part.lower() in SPLITS), None)
         numbered = re.match(r"(\w+)-\d+", name)
         splits[known or (numbered[1] if numbered else "train")].append(path)
+        if known:
+            above = [folder for folder in folders if folder.lower() not in SPLITS]
+            sets[known].add("/".join(above))
+    for split, several in sets.items():
+        if len(several) > 1:
+            names = ", ".join(sorted(name or "its top" for name in several))
+            raise DataError(f"{root}: several data sets have a {split} split ({names}); name one")
     for files in splits.values():
         _check_complete(root, files)
     return in_order(splits)
@@ -97,15 +106,20 @@ def columns(path: str, schema: Any, labelled: bool = True) -> tuple[str, str, tu
 def numbered_classes(shards: list[Shard], label: str) -> tuple[str, ...]:
     """Classes "0" to the greatest label, for which the label column is read.
 
-    Raises DataError if there is no label at all.
+    Raises DataError if there is no label at all, or if they are too great to be classes.
     """
-    greatest = -1
+    greatest, rows = -1, sum(shard.rows for shard in shards)
     for shard in shards:
         with parquet(shard.path) as file:
             found = pc.max(file.read(columns=[label]).column(label)).as_py()
         greatest = max(greatest, -1 if found is None else found)
     if greatest < 0:
         raise DataError(f"{shards[0].path}: {label!r} holds no label of 0 or more; add labels")
+    if greatest >= 10 * rows + 100:
+        raise DataError(
+            f"{shards[0].path}: {label!r} is up to {greatest} in {rows} rows, no classes' number; "
+            "number those from 0"
+        )
     return tuple(str(number) for number in range(greatest + 1))
 
 
@@ -113,10 +127,10 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
     """The Hugging Face features in the schema's metadata, {} if there are none."""
     try:
         metadata = json.loads((schema.metadata or {})[b"huggingface"])
-        features = metadata["info"]["features"]
-    except (KeyError, TypeError, ValueError):
+        features = metadata["info"]["features"].items()
+    except (AttributeError, KeyError, TypeError, ValueError):
         return {}
-    return {name: value for name, value in features.items() if isinstance(value, dict)}
+    return {name: value for name, value in features if isinstance(value, dict)}
 
 
 def _holds_images(kind: Any) -> bool:

@@ -31,13 +31,19 @@ ORIENTATION = 0x0112
 """The EXIF tag that says how the camera was held."""
 
 
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name, and no companion that a Mac put beside one."""
+    last = name.rpartition("/")[2]
+    return not last.startswith("._") and last.rpartition(".")[2].lower() in ENDINGS
+
+
 def decode(data: bytes, place: str, size: int | None = None, *, least: int = 0) -> Pixels:
     """The image in `data` (one of `FORMATS`) as uint8 [H, W, 3] RGB; fitted to `size` if given.
 
     Grey, palette, CMYK and 16-bit images become RGB, transparency lies on black, the EXIF
     orientation is applied, and of a moving image the first frame counts. Raises DataError, naming
-    `place`, if the bytes don't decode, the image is absurdly large (a decompression bomb), or a
-    side has less than `least` pixels.
+    `place`, if the bytes don't decode, the image is absurdly large (a decompression bomb) or has 32
+    bits a pixel and so no white that is known, or a side has less than `least` pixels.
     """
     pixels = _plain_jpeg(data)
     if pixels is None:
@@ -140,7 +146,7 @@ def _rgb(data: bytes, place: str) -> Image.Image:
                 # Pillow asks the file for its EXIF in ways that cost time; most shards have none.
                 upright = ImageOps.exif_transpose(image) if _turned(image) else image
                 upright.load()
-                return _to_rgb(upright)
+                return _to_rgb(upright, image.format)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DataError(
             f"{place}: the image has more than {Image.MAX_IMAGE_PIXELS} pixels; "
@@ -165,13 +171,16 @@ def _turned(image: Image.Image) -> bool:
     return "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+def _to_rgb(image: Image.Image, kind: str | None) -> Image.Image:
+    clear = "transparency" in image.info
+    if image.mode == "RGB" and not clear:
         return image
+    if image.mode == "F" or (image.mode == "I" and kind != "PPM"):
+        raise ValueError("32 bits a pixel")
     if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it, not scale it
         scaled = np.asarray(image).astype(np.float64) / 257
         image = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA", "P"):
+    if clear or image.mode in ("LA", "PA", "RGBA", "P"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return image.convert("RGB")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,11 @@ class Shard:
     def rows(self) -> int:
         """Rows in all row groups."""
         return sum(self.groups)
+
+    def state(self) -> str:
+        """The file as its store describes it: other if the file has changed since."""
+        fs, path = storage(self.path)
+        return f"{self.path} {sorted(fs.info(path).items())!r}"
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,44 @@ def existing(url: str) -> tuple[Any, str]:
     except Exception as error:
         if refused(error):
             raise _unreadable(url, error) from error
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            raise DataError(f"{url}: a link that leads to itself") from error
         raise
     return fs, path
+
+
+def inside(fs: Any, path: str) -> list[dict[str, Any]]:
+    """What lies in a folder, as fsspec describes it, by name; links as what they lead to."""
+    found = sorted(fs.ls(path, detail=True), key=lambda entry: str(entry["name"]))
+    for place, entry in enumerate(found):
+        if entry.get("islink"):
+            with suppress(OSError):
+                found[place] = fs.info(entry["name"])
+    return found
+
+
+def files_below(fs: Any, root: str) -> dict[str, int | None]:
+    """The files below a folder, by name, with their sizes, None where a store knows none. Links
+    lead on.
+
+    Raises DataError for a folder on a disk that may not be read.
+    """
+    if not isinstance(fs, LocalFileSystem):
+        found = fs.find(root, detail=True)
+        return {name: found[name]["size"] for name in sorted(found)}
+
+    def fail(error: OSError) -> None:
+        raise _unreadable(error.filename, error) from error
+
+    sizes: dict[str, int | None] = {}
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        here = f"{os.path.realpath(folder)}/"
+        folders[:] = [f for f in folders if not here.startswith(f"{os.path.realpath(here + f)}/")]
+        for name in names:
+            path = f"{folder}/{name}"
+            with suppress(FileNotFoundError):  # a link that leads nowhere
+                sizes[path] = os.stat(path).st_size
+    return dict(sorted(sizes.items()))
 
 
 def address(fs: Any, path: str) -> str:
@@ -164,13 +206,20 @@ def whole(fs: Any, path: str, folder: str) -> Iterator[Any]:
         return
     partial = f"{folder}/{uuid.uuid4().hex}.partial"
     try:
-        with fs.open(partial, "wb") as file:
+        with _writable(fs, partial) as file:
             yield file
         fs.mv(partial, path)
     except BaseException:
         if fs.exists(partial):
             fs.rm_file(partial)
         raise
+
+
+def _writable(fs: Any, path: str) -> Any:
+    try:
+        return fs.open(path, "wb")
+    except NotImplementedError:
+        raise OSError(errno.EROFS, f"{type(fs).__name__} only reads") from None
 
 
 def write_whole(fs: Any, path: str, data: bytes) -> None:

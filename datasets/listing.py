@@ -20,18 +20,22 @@ KAGGLE = {"imageid": "path", "predictionstring": "label"}
 def read_fields(url: str) -> Iterator[tuple[int, list[str]]]:
     """Line number (from 1) and fields of each line that is not empty.
 
-    Fields are parted by tabs or commas if the first line has one, else by white space. Raises
+    Fields are parted by tabs or commas if the first such line has one, else by white space. Raises
     DataError if the file is not text.
     """
     with opened(url, "r") as file:
         try:
-            first = file.readline()
+            blank, first = 0, ""
+            for first in file:
+                if first.strip():
+                    break
+                blank += 1
             lines = (line for part in ([first], file) for line in part)
             parter = next((mark for mark in "\t," if mark in first), None)
             rows = (
                 csv.reader(lines, delimiter=parter) if parter else (line.split() for line in lines)
             )
-            for number, fields in enumerate(rows, 1):
+            for number, fields in enumerate(rows, 1 + blank):
                 if any(fields):
                     yield number, [field.strip() for field in fields]
         except (csv.Error, UnicodeDecodeError) as error:
@@ -45,8 +49,8 @@ def read_list(url: str) -> Iterator[tuple[str, str, str]]:
     DataError, naming the line, where one of them is missing.
     """
     at = {"path": 0, "label": 1}
-    for number, fields in read_fields(url):
-        if number == 1 and (named := list_columns(fields)):
+    for place, (number, fields) in enumerate(read_fields(url)):
+        if place == 0 and (named := list_columns(fields)):
             at = named
             continue
         try:
@@ -73,12 +77,13 @@ def list_columns(names: Sequence[str]) -> dict[str, int]:
     return found if {"path", "label"} <= found.keys() else {}
 
 
-def read_labels(url: str, synsets: Sequence[str]) -> dict[str, str] | list[str]:
-    """Labels of images that stand in no class folder: by the image's name without ending, or, if
-    the file has numbers alone, in the order of the images' names.
+def read_labels(url: str, synsets: Sequence[str]) -> dict[str, tuple[str, str]] | list[str]:
+    """Labels of images that stand in no class folder, with their splits ("" for none): by the
+    image's path, and by its name alone without ending where that tells one label; or, if the file
+    has numbers alone, labels in the order of the images' names.
 
     Such numbers, as in ILSVRC's ground truth, count `synsets` from 1. Raises DataError, naming the
-    line.
+    line or path.
     """
     numbers: list[str] = []
     rows = list(read_fields(url))
@@ -92,17 +97,30 @@ def read_labels(url: str, synsets: Sequence[str]) -> dict[str, str] | list[str]:
                 raise DataError(f"{url} line {line}: {number}, outside 1 to {len(synsets)}")
             numbers.append(synsets[int(number) - 1])
         return numbers
-    return {stem(path): label for path, label, _ in read_list(url)}
+    told: dict[str, tuple[str, str]] = {}
+    short: dict[str, tuple[str, str] | None] = {}
+    for path, *rest in read_list(url):
+        path, found = plain_path(path), (rest[0], rest[1])
+        if told.setdefault(path, found) != found:
+            raise DataError(f"{url}: {path} is {told[path][0]!r} and {found[0]!r}; remove a line")
+        name = stem(path)
+        short[name] = found if short.get(name, found) == found else None
+    return {name: found for name, found in short.items() if found} | told
+
+
+def plain_path(path: str) -> str:
+    """A path without what changes nothing at its beginning."""
+    return path.removeprefix("./")
 
 
 def read_words(url: str) -> dict[str, str]:
     """What each synset of a file like synset_words.txt means, in the file's order."""
     with opened(url, "r") as file:
         try:
-            pairs = [line.strip().partition(" ") for line in file if line.strip()]
+            pairs = [(*line.split(None, 1), "")[:2] for line in file if line.strip()]
         except UnicodeDecodeError as error:
             raise DataError(f"{url}: not a text file ({error})") from None
-    return {key: words.strip() for key, _, words in pairs}
+    return {key: words.strip() for key, words in pairs}
 
 
 def by_folder(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -114,7 +132,9 @@ def by_folder(names: Sequence[str]) -> list[tuple[str, str]]:
     folders = [[p for p in name.split("/")[:-1] if p not in ("", ".")] for name in names]
     folders = _without_common(folders)
     splits = [""] * len(names)
-    if folders and all(len(f) > 1 and f[0].lower() in SPLITS for f in folders):
+    # Not of classes that are called so: below one of them there are others.
+    split = all(f and f[0].lower() in SPLITS for f in folders) and any(len(f) > 1 for f in folders)
+    if split:
         splits = [SPLITS[f[0].lower()] for f in folders]
         folders = _without_common([f[1:] for f in folders])
     for name, path in zip(names, folders, strict=True):

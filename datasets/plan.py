@@ -162,6 +162,19 @@ class Itinerary:
     def __len__(self) -> int:
         return self.after(self.total_steps, True)
 
+    @property
+    def order(self) -> dict[str, int]:
+        """All that decides which training rows are in which batch: a step is the same position in
+        the data only where these are the same.
+        """
+        groups = self.train_groups
+        return {
+            "seed": self.seed,
+            "batch": self.batch,
+            "training images": int(groups.sum()),
+            "row groups": len(groups),
+        }
+
     def after(self, step: int, evaluated: bool) -> int:
         """Index of the item that comes after `step` training steps and, if `evaluated`, after
         the evaluation that follows them (if one does).

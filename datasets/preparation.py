@@ -7,31 +7,22 @@ so any number of workers in any order make the same bytes, and what a killed run
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from datasets import DataError
 from datasets.assignment import classes_of, codes_of, labels_of, order_of, splits_of
-from datasets.fetch import Entry, entries_of, fetch
+from datasets.fetch import entries_of, fetch
 from datasets.foreign import in_order
 from datasets.images import decode, standard
-from datasets.layout import (
-    Dataset,
-    Shard,
-    parquet,
-    persistent,
-    storage,
-    whole,
-    write_whole,
-)
+from datasets.kept import Made, Options, Preparation, finished, keep, kept_entries, save_made
+from datasets.layout import Shard, storage, whole
 from datasets.shards import WORK, Encoded, read_manifest, row_groups, write_manifest, write_shard
 from datasets.sources import Source, plain
 from datasets.statistics import Sums
@@ -43,66 +34,6 @@ LEAST_SHARDS = 8  # if there are rows for so many, so that several workers share
 SAMPLE = 64  # images that tell how large they become
 
 
-@dataclass(frozen=True)
-class Options:
-    """How images become rows. Raises ValueError, naming field, value and what is allowed.
-
-    `size`: side in pixels; `quality`: of JPEG, 1 to 100; `keep`: store the images as they came;
-    `holdout`: share of a source without splits that becomes "val"; `seed`: of order and split.
-    """
-
-    size: int = 256
-    quality: int = 95
-    keep: bool = False
-    holdout: float = 0.05
-    seed: int = 0
-    on_error: Literal["fail", "skip"] = "fail"
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.size <= 4096:
-            raise ValueError(f"size is {self.size}: 1 to 4096")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality is {self.quality}: 1 to 100")
-        if not 0 <= self.holdout < 1:
-            raise ValueError(f"holdout is {self.holdout}: at least 0 and less than 1")
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """What was laid out; `shards` counts those of each split, `images` the images, `dataset` and
-    `origin` (split to split of the source) are for a source that is Parquet.
-    """
-
-    url: str
-    options: Options
-    classes: tuple[str, ...]
-    words: Mapping[str, str]
-    shards: Mapping[str, int]
-    images: Mapping[str, int]
-    group_rows: int
-    dataset: Dataset | None
-    origin: Mapping[str, str]
-    digest: str = ""
-
-    def name(self, split: str, number: int) -> str:
-        """A shard's file name."""
-        return f"{split}-{number:05d}-of-{self.shards[split]:05d}.parquet"
-
-    def bounds(self, split: str, number: int) -> tuple[int, int]:
-        """Where a shard's entries begin and end in those of its split."""
-        n, count = self.images[split], self.shards[split]
-        return n * number // count, n * (number + 1) // count
-
-
-@dataclass(frozen=True)
-class Made:
-    """One finished shard: the rows of its row groups, what was skipped, sums if for training."""
-
-    groups: tuple[int, ...]
-    faults: tuple[str, ...]
-    sums: Sums | None
-
-
 def lay_out(
     url: str,
     source: Source,
@@ -110,7 +41,7 @@ def lay_out(
     options: Options,
     *,
     split: str | None = None,
-    labels: Mapping[str, str] | Sequence[str] | None = None,
+    labels: Mapping[str, tuple[str, str]] | Sequence[str] | None = None,
     words: Mapping[str, str] | None = None,
 ) -> Preparation:
     """Decides for each entry (a table of `sources.ENTRIES`) its label, split and shard.
@@ -145,7 +76,7 @@ def lay_out(
     plan = replace(plan, shards=shards, group_rows=group_rows)
     tables = {s: table.take(pa.array(rows)).combine_chunks() for s, rows in orders.items()}
     plan = replace(plan, digest=_digest(plan, tables))
-    _keep(plan, tables, before)
+    keep(plan, tables, before)
     return plan
 
 
@@ -156,7 +87,7 @@ def make_shard(plan: Preparation, split: str, number: int) -> Iterator[int]:
     that cannot be written: then nothing is left of it.
     """
     fs, root = storage(plan.url)
-    entries = _entries(plan, split, number)
+    entries = kept_entries(plan, split, number)
     options = plan.options
     sums = Sums(options.size) if split == "train" else None
     faults: list[str] = []
@@ -190,37 +121,10 @@ def make_shard(plan: Preparation, split: str, number: int) -> Iterator[int]:
             for count in write_shard(file, plan.classes, rows):
                 groups.append(count)
                 yield done
-        _save_made(plan, split, number, Made(tuple(groups), tuple(faults), sums))
+        save_made(plan, split, number, Made(tuple(groups), tuple(faults), sums))
     except OSError as error:
         raise DataError(f"{plan.url}: cannot be written: {error}; free or mend it") from None
     yield len(entries)
-
-
-def complete(plan: Preparation) -> bool:
-    """Whether the data set at `plan.url` already is what this plan makes."""
-    return _is_of(plan, (read_manifest(plan.url) or {}).get("prepared", {}))
-
-
-def _is_of(plan: Preparation, prepared: Mapping[str, str]) -> bool:
-    return all(prepared.get(split) == plan.digest for split in plan.shards)
-
-
-def finished(plan: Preparation, split: str, number: int) -> Made | None:
-    """What is known of a shard that is complete; None if it has to be made."""
-    fs, root = storage(plan.url)
-    path = f"{root}/{WORK}/{split}-{number:05d}.npz"
-    if not fs.exists(path) or not fs.exists(f"{root}/{plan.name(split, number)}"):
-        return None
-    try:
-        with np.load(io.BytesIO(fs.cat_file(path))) as file:
-            sums = None
-            if "pixels" in file:
-                sums = Sums(plan.options.size, int(file["images"]))
-                sums.pixels, sums.moments = file["pixels"], file["moments"]
-            faults = tuple(json.loads(str(file["faults"])))
-            return Made(tuple(file["groups"].tolist()), faults, sums)
-    except Exception:  # whatever a damaged file makes numpy raise: the shard is made again
-        return None
 
 
 def finish(plan: Preparation) -> dict[str, Any]:
@@ -291,59 +195,3 @@ def _digest(plan: Preparation, tables: dict[str, Any]) -> str:
             some = table.slice(start, 1 << 16).cast(schema).combine_chunks()
             digest.update(some.to_batches()[0].serialize())
     return digest.hexdigest()
-
-
-def _keep(plan: Preparation, tables: dict[str, Any], before: dict[str, Any] | None) -> None:
-    """Keeps the plan for workers and for a later start, unless one that is the same lies there."""
-    fs, root = storage(plan.url)
-    made = (before or {}).get("prepared", {})
-    for split in plan.shards:
-        if before and split in before["splits"] and made.get(split) != plan.digest:
-            raise DataError(
-                f"{plan.url}: already holds a split {split!r}, prepared from something else or "
-                "otherwise; remove it or name another folder"
-            )
-    if _is_of(plan, made):
-        return
-    kept = f"{root}/{WORK}/plan.json"
-    try:
-        if fs.exists(kept):
-            if json.loads(fs.cat_file(kept))["digest"] == plan.digest:
-                return
-            raise DataError(
-                f"{plan.url}: an unfinished preparation of something else lies there; finish it, "
-                f"or remove {plan.url.rstrip('/')}/{WORK}"
-            )
-        fs.makedirs(f"{root}/{WORK}", exist_ok=True)
-        for split, table in tables.items():
-            path = f"{root}/{WORK}/{split}.parquet"
-            with fs.open(path, "wb") as file, pq.ParquetWriter(file, table.schema) as writer:
-                for number in range(plan.shards[split]):
-                    start, stop = plan.bounds(split, number)
-                    writer.write_table(table.slice(start, stop - start), stop - start)
-        fs.pipe_file(kept, json.dumps({"digest": plan.digest}).encode())
-    except OSError as error:
-        raise DataError(f"{plan.url}: cannot be written: {error}; free or mend it") from None
-
-
-def _entries(plan: Preparation, split: str, number: int) -> list[Entry]:
-    url = f"{plan.url.rstrip('/')}/{WORK}/{split}.parquet"
-
-    def read() -> list[Entry]:
-        with parquet(url) as file:
-            return entries_of(file.read_row_group(number))
-
-    return persistent(url, read)
-
-
-def _save_made(plan: Preparation, split: str, number: int, made: Made) -> None:
-    arrays: dict[str, Any] = {
-        "groups": np.array(made.groups, np.int64),
-        "faults": np.array(json.dumps(made.faults)),
-    }
-    if made.sums:
-        arrays |= {name: getattr(made.sums, name) for name in ("images", "pixels", "moments")}
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    fs, root = storage(plan.url)
-    write_whole(fs, f"{root}/{WORK}/{split}-{number:05d}.npz", buffer.getvalue())

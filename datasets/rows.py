@@ -184,7 +184,11 @@ class Rows:
                 return file.read_row_group(index, columns=self._columns)
 
         table = self._kept.table(shard, index, partial(persistent, shard.path, read))
-        images, *labels = (table.column(name).combine_chunks() for name in self._columns)
+        # More than 2 GiB are in several pieces, and would not fit in one.
+        images, *labels = (
+            column.chunk(0) if column.num_chunks == 1 else column
+            for column in map(table.column, self._columns)
+        )
         if len(table) != shard.groups[index]:
             raise DataError(
                 f"{shard.path}: row group {index} has {len(table)} rows and had "

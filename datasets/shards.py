@@ -170,7 +170,10 @@ def read_manifest(url: str) -> dict[str, Any] | None:
         if not persistent(url, lambda: fs.exists(f"{root}/{MANIFEST}")):
             return None
         manifest = json.loads(persistent(url, lambda: fs.cat_file(f"{root}/{MANIFEST}")))
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("splits"), dict):
+        for name in ("splits", "classes", "rows", "skipped"):
+            if not isinstance(manifest, dict) or name not in manifest:
+                raise ValueError(f"no {name}")
+        if not isinstance(manifest["splits"], dict):
             raise ValueError("no splits")
     except ValueError as error:
         if isinstance(error, DataError):
@@ -251,6 +254,9 @@ def _foreign(root: str, files: dict[str, list[str]], labelled: bool) -> Dataset:
                 raise DataError(
                     f"{shard.path}: no column {name!r} as in {paths[0]}; it has {there}"
                 )
+            have = schema.field(name).type
+            if name == label and not pa.types.is_integer(have):
+                raise DataError(f"{shard.path}: {name!r} is {have}, no integer as in {paths[0]}")
     shards = {shard.path: shard for shard, _ in read}
     splits = {split: tuple(shards[path] for path in found) for split, found in files.items()}
     if labelled and not classes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,12 +10,23 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from datasets import DataError
-from datasets.archives import Member, tar_members, zip_members
+from datasets.archives import HEADERS, Member, tar_members, zip_members
 from datasets.foreign import SPLITS
-from datasets.images import ENDINGS
-from datasets.layout import Dataset, address, existing, opened, parquet, persistent, storage
+from datasets.images import is_image
+from datasets.layout import (
+    Dataset,
+    address,
+    existing,
+    files_below,
+    inside,
+    opened,
+    parquet,
+    persistent,
+    storage,
+)
 from datasets.listing import list_columns, read_list
 from datasets.shards import open_dataset
+from datasets.webdataset import holds_samples, samples
 
 Kind = Literal["files", "list", "tar", "webdataset", "zip", "parquet"]
 
@@ -45,12 +55,6 @@ def plain(schema: Any) -> Any:
 
 _PLAIN = plain(ENTRIES)
 Found = tuple[str, Member, str | None]  # the file that it lies in, and its label if that is known
-
-HEADERS: dict[str, Any] = {"cache_type": "readahead", "block_size": 1 << 16}
-"""How far an archive is read ahead: about to the next header, not through the images."""
-
-_LABELS = ("cls", "json")  # endings of the labels of WebDataset
-_MAX_LABEL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def _scan(source: Source, part: Part) -> tuple[Any, list[str]]:
     if source.kind == "list":
         return _table(_listed(part)), []
     if source.kind == "webdataset":
-        found = _samples(part)
+        found: Iterator[Found] = ((part.file, *sample) for sample in samples(part.file))
     elif source.kind == "files":
         found = _files(source, part)
     else:
@@ -143,23 +147,31 @@ def _scan(source: Source, part: Part) -> tuple[Any, list[str]]:
 
 def _folder(url: str, fs: Any, root: str) -> Source:
     """A folder: looks at what lies in it, or in its folders that are named like splits."""
-    entries = sorted(fs.ls(root, detail=True), key=lambda e: e["name"])
-    files = [e["name"] for e in entries if e["type"] == "file"]
-    folders = [e["name"].rstrip("/") for e in entries if e["type"] == "directory"]
+    files, folders = _parted(fs, root)
     if tars := [f for f in files if f.endswith(".tar")]:
         return _archives(url, fs, tars)
-    deeper = [f for f in folders if _last(f) in SPLITS or _last(f) == "data"]
-    inside = [e for f in deeper for e in fs.ls(f, detail=True)]
-    if any(f.endswith(".parquet") for f in [*files, *(e["name"] for e in inside)]):
+    deeper = {f: _parted(fs, f) for f in folders if _last(f) in SPLITS or _last(f) == "data"}
+    below = sorted(file for own, _ in deeper.values() for file in own)
+    if any(f.endswith(".parquet") for f in [*files, *below]):
         return _parquet(url)
-    if tars := sorted(e["name"] for e in inside if e["name"].endswith(".tar")):
+    if tars := [f for f in below if f.endswith(".tar")]:
         return _archives(url, fs, tars)
-    # A part for each class folder, so that they are listed side by side.
-    classes = [e["name"].rstrip("/") for e in inside if e["type"] == "directory"]
-    parts = [f for f in folders if f not in deeper] + classes
+    # A part for each class folder, so that they are listed side by side, unless images lie there.
+    parts = [f for f in folders if f not in deeper]
+    for folder, (own, classes) in deeper.items():
+        parts += [folder] if any(map(is_image, own)) else classes
+    if any(map(is_image, files)):
+        parts = [root]
     if not parts:
-        raise DataError(f"{url}: no Parquet, no tars and no class folders with images there")
+        raise DataError(f"{url}: no Parquet, no tars and no images there")
     return Source(url, "files", tuple(Part(address(fs, path)) for path in sorted(parts)))
+
+
+def _parted(fs: Any, folder: str) -> tuple[list[str], list[str]]:
+    """Files and folders that lie in a folder."""
+    found = inside(fs, folder)
+    files = [entry["name"] for entry in found if entry["type"] == "file"]
+    return files, [entry["name"].rstrip("/") for entry in found if entry["type"] == "directory"]
 
 
 def _archives(url: str, fs: Any, paths: Sequence[str]) -> Source:
@@ -175,15 +187,28 @@ def _archives(url: str, fs: Any, paths: Sequence[str]) -> Source:
                 break
         if head and head[0].name.endswith(".tar"):
             return Source(url, "tar", tuple(_inner(first, file)))
-    endings = {member.name.rpartition(".")[2].lower() for member in head}
     splits = [_split_of(path) for path in paths]
-    if endings & set(_LABELS):
+    if holds_samples(head):
         files = (Part(address(fs, p), split=s) for p, s in zip(paths, splits, strict=True))
         return Source(url, "webdataset", tuple(files))
     if len(paths) == 1:
         return Source(url, "tar", (Part(first),))
+    folders = any(set(member.name.split("/")[:-1]) - {"", "."} for member in head)
+    if all(_split_of(_last(path)) for path in paths) or (folders and _numbered(paths)):
+        parts = (Part(address(fs, p), split=s) for p, s in zip(paths, splits, strict=True))
+        return Source(url, "tar", tuple(parts))
     # ILSVRC's outer tar, unpacked: a tar for each class.
-    return Source(url, "tar", tuple(Part(address(fs, p), label=_stem(p)) for p in paths))
+    several = len({path.rpartition("/")[0] for path in paths}) > 1
+    parts = (
+        Part(address(fs, p), label=_stem(p), split=s if several else "")
+        for p, s in zip(paths, splits, strict=True)
+    )
+    return Source(url, "tar", tuple(parts))
+
+
+def _numbered(paths: Sequence[str]) -> bool:
+    """Whether these are one thing in numbered pieces."""
+    return len({_stem(path).rstrip("0123456789") for path in paths}) == 1
 
 
 def _inner(outer: str, file: Any) -> Iterator[Part]:
@@ -239,11 +264,10 @@ def _listed_parquet(url: str) -> Iterator[tuple[str, str, str]]:
 def _files(source: Source, part: Part) -> Iterator[Found]:
     fs, path = storage(part.file)
     _, root = storage(source.url)
-    found = fs.find(path, detail=True)
-    for name in sorted(found):
-        inside, size = name.removeprefix(root).strip("/"), found[name]["size"]
+    for name, size in files_below(fs, path).items():
         # A list of links on a web server has no sizes.
-        yield address(fs, name), Member(inside, 0, -1 if size is None else size), None
+        member = Member(name.removeprefix(root).strip("/"), 0, -1 if size is None else size)
+        yield address(fs, name), member, None
 
 
 def _members(source: Source, part: Part) -> Iterator[Found]:
@@ -256,45 +280,15 @@ def _members(source: Source, part: Part) -> Iterator[Found]:
         yield from ((part.file, member, part.label or None) for member in members)
 
 
-def _samples(part: Part) -> Iterator[Found]:
-    """WebDataset's images with the labels that stand beside them under the same key."""
-    key, label = ("", ""), None
-    held: Member | None = None
-    with opened(part.file, **HEADERS) as file:
-        for member in tar_members(file, part.file):
-            folder, _, last = member.name.rpartition("/")
-            stem, _, ending = last.partition(".")
-            if (folder, stem) != key:
-                if held:
-                    yield part.file, held, label
-                key, held, label = (folder, stem), None, None
-            if ending.lower() in _LABELS and member.length <= _MAX_LABEL:
-                file.seek(member.offset)
-                found = _label(file.read(member.length), ending.lower())
-                label = found if found is not None else label
-            elif member.name.rpartition(".")[2].lower() in ENDINGS:
-                held = member
-        if held:
-            yield part.file, held, label
-
-
-def _label(data: bytes, ending: str) -> str | None:
-    text = data.decode("utf-8", "replace").strip()
-    if ending == "cls":
-        return text or None
-    try:
-        values = json.loads(text)
-        return next(str(values[k]) for k in ("label", "cls", "class", "class_id") if k in values)
-    except (ValueError, TypeError, StopIteration):
-        return None
-
-
 def _images(found: Iterator[Found], part: Part, passed: list[str]) -> Iterator[tuple[Any, ...]]:
     for file, member, label in found:
-        last = _last(member.name)
-        if last.startswith("._") or last.rpartition(".")[2].lower() not in ENDINGS:
+        if not is_image(member.name):
             passed.append(member.name)
             continue
+        try:
+            member.name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{part.file}: {member.name!a} is no UTF-8; rename it") from None
         yield file, *member[1:], member.name, label, part.split
 
 

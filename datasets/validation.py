@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from datasets import DataError
 from datasets.images import decode
-from datasets.layout import Dataset, persistent, storage
+from datasets.layout import Dataset, passing, persistent, storage
 from datasets.rows import Rows
 from datasets.shards import MANIFEST, check_groups, read_shard
 from datasets.statistics import Statistics, Sums
@@ -46,12 +46,18 @@ def check_shard(dataset: Dataset, item: tuple[str, int]) -> Iterator[Checked]:
     sums = Sums(dataset.size) if split == "train" and dataset.size else None
     try:
         check_groups(shard, persistent(shard.path, lambda: read_shard(shard.path)[0]))
-        for count in shard.groups:
-            yield _check_rows(dataset, split, rows, np.arange(row, row + count), sums)
-            row += count
-        yield _checked(split, [], (), sums)
     except DataError as error:
         yield _checked(split, [], (str(error),), sums)
+        return
+    for count in shard.groups:
+        try:
+            yield _check_rows(dataset, split, rows, np.arange(row, row + count), sums)
+        except DataError as error:
+            yield _checked(split, [], (str(error),), None)
+            if error.__cause__ and passing(error.__cause__):
+                break  # a store that does not answer
+        row += count
+    yield _checked(split, [], (), sums)
 
 
 def _check_rows(

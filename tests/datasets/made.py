@@ -1,4 +1,4 @@
-"""Sources of every kind that hold the same images, for tests."""
+"""Sources of every kind that hold the same images, and what they become, for tests."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ import json
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from datasets.kept import Options, Preparation
+from datasets.preparation import finish, lay_out, make_shard
+from datasets.rows import Rows
+from datasets.shards import open_dataset
+from datasets.sources import find_source, scan
+
 CLASSES = ("bird", "cat", "dog")
 IMAGES = 12
+SMALL = Options(size=16, holdout=0.25)
 
 
 def picture(number: int, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -123,3 +131,27 @@ KINDS = (
     *("ilsvrc", "class tars", "tar", "zip", "stored zip", "webdataset", "parquet", "folder"),
     *("csv", "parquet list"),
 )
+
+
+def plan(source: str, shards: Path, options: Options = SMALL, **more: Any) -> Preparation:
+    """What shards a source would become."""
+    found = find_source(source)
+    tables = [scan(found, part)[0] for part in found.parts]
+    entries = pa.concat_tables(tables).unify_dictionaries()
+    return lay_out(str(shards), found, entries, options, **more)
+
+
+def prepare(source: str, shards: Path, options: Options = SMALL, **more: Any) -> dict[str, Any]:
+    """Makes a source's shards; their manifest."""
+    prepared = plan(source, shards, options, **more)
+    for split, count in prepared.shards.items():
+        for number in range(count):
+            list(make_shard(prepared, split, number))
+    return finish(prepared)
+
+
+def rows(folder: Path, split: str) -> list[tuple[str, bytes]]:
+    """Class and image of each row."""
+    dataset = open_dataset(str(folder))
+    read = Rows(dataset, split).read(np.arange(dataset.rows(split)))
+    return [(dataset.classes[r.label], r.image) for r in read]

@@ -74,7 +74,7 @@ def reader(data: Dataset, disk: float = ALL, **more: int) -> Rows:
     return Rows(data, "train", disk_bytes=disk, **more)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     reads=st.lists(st.lists(st.integers(0, ROWS - 1), unique=True), min_size=2, max_size=4),
     disk=st.sampled_from([0, 1, 3 * PER_GROUP * EACH, ALL]),

@@ -46,6 +46,25 @@ def test_what_shines_through_is_black() -> None:
     assert decode(stored(clear, "PNG"), "x").tolist() == [[[0, 0, 0]]]
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+def test_a_colour_may_be_said_to_shine_through(mode: str) -> None:
+    image = Image.new("RGB", (2, 1), (255, 255, 255))
+    image.putpixel((1, 0), (0, 0, 0))
+    image = image.convert(mode)
+    clear = (255, 255, 255) if mode == "RGB" else image.getpixel((0, 0))
+    found = decode(stored(image, "PNG", transparency=clear), "x")
+    assert found.tolist() == [[[0, 0, 0], [0, 0, 0]]]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_numbers_without_a_white_are_no_image(dtype: type) -> None:
+    data = stored(Image.fromarray(np.full((4, 4), 200, dtype)), "TIFF")
+    with pytest.raises(DataError, match=r"x: the image .* does not decode .32 bits a pixel"):
+        decode(data, "x")
+    wide = b"P5 1 1 65535\n" + (128 * 257).to_bytes(2, "big")  # Pillow has 32 bits for these 16
+    assert decode(wide, "x").tolist() == [[[128] * 3]]
+
+
 def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

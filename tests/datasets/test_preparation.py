@@ -10,35 +10,26 @@ import signal
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import made
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import plan, prepare, rows
 from PIL import Image
 
 from datasets import DataError
 from datasets.assignment import hold_out
 from datasets.images import decode
+from datasets.kept import Options, complete, finished
 from datasets.listing import read_labels, read_words
-from datasets.preparation import (
-    Options,
-    Preparation,
-    complete,
-    finish,
-    finished,
-    lay_out,
-    make_shard,
-)
-from datasets.rows import Rows
+from datasets.preparation import finish, make_shard
 from datasets.shards import open_dataset
 from datasets.sources import ENTRIES, find_source, scan
 from datasets.statistics import Statistics
 from datasets.validation import Findings, check_shard
-
-SMALL = Options(size=16, holdout=0.25)
 
 
 @pytest.fixture(autouse=True)
@@ -47,32 +38,8 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.preparation.GROUP_ROWS", (16, 64))
 
 
-def plan(source: str, shards: Path, options: Options = SMALL, **more: Any) -> Preparation:
-    import pyarrow as pa
-
-    found = find_source(source)
-    tables = [scan(found, part)[0] for part in found.parts]
-    entries = pa.concat_tables(tables).unify_dictionaries()
-    return lay_out(str(shards), found, entries, options, **more)
-
-
-def prepare(source: str, shards: Path, options: Options = SMALL, **more: Any) -> dict[str, Any]:
-    prepared = plan(source, shards, options, **more)
-    for split, count in prepared.shards.items():
-        for number in range(count):
-            list(make_shard(prepared, split, number))
-    return finish(prepared)
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-
-def rows(folder: Path, split: str) -> list[tuple[str, bytes]]:
-    """Class and image of each row."""
-    dataset = open_dataset(str(folder))
-    read = Rows(dataset, split).read(np.arange(dataset.rows(split)))
-    return [(dataset.classes[r.label], r.image) for r in read]
 
 
 @pytest.mark.parametrize("kind", made.KINDS)
@@ -320,7 +287,7 @@ def test_a_full_disk_leaves_no_shard(tmp_path: Path) -> None:
     st.floats(0, 0.99),
     st.integers(0, 5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_hold_out_is_stratified(labels: list[int], share: float, seed: int) -> None:
     array = np.array(labels)
     chosen = hold_out(array, share, seed)
@@ -358,6 +325,16 @@ def test_validation_finds_what_is_wrong(tmp_path: Path) -> None:
     whole[whole.index(b"\xff\xd8\xff") + 1] ^= 255
     file.write_bytes(whole)
     assert "train-00001-of-00004.parquet row 0: the image" in check(tmp_path / "flipped")[0][0]
+    # A group that cannot be read at all hides none of what follows.
+    footer = pq.ParquetFile(file).metadata
+    start = footer.row_group(0).column(0).data_page_offset
+    whole[start : start + 64] = bytes(64)
+    last = whole.rindex(b"\xff\xd8\xff")
+    whole[last + 1] ^= 255
+    file.write_bytes(whole)
+    found = "\n".join(check(tmp_path / "flipped")[0])
+    assert "parquet: not readable" in found
+    assert f"parquet row {footer.num_rows - 1}: the image" in found
 
     (with_damage("short") / "train-00002-of-00004.parquet").write_bytes(whole[:1000])
     assert "train-00002-of-00004.parquet: not readable" in check(tmp_path / "short")[0][0]

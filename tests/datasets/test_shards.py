@@ -46,7 +46,7 @@ def memory() -> Iterator[str]:
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 120))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_what_was_written_is_read(n: int, rows_per_group: int, shard_bytes: int) -> None:
     url = "memory://shards/any"
     options = {"rows_per_group": rows_per_group, "shard_bytes": shard_bytes}
@@ -268,6 +268,30 @@ def test_files_that_differ(tmp_path: Path) -> None:
     parquet(tmp_path / "train-1.parquet", picture=[b"x"], label=[1])
     with pytest.raises(DataError, match=r"train-1.parquet: no column 'image' as in .*train-0"):
         open_dataset(str(tmp_path))
+    parquet(tmp_path / "train-1.parquet", image=[b"x"], label=["one"])
+    with pytest.raises(DataError, match=r"train-1.parquet: 'label' is string, no integer as in"):
+        open_dataset(str(tmp_path))
+
+
+def test_numbers_that_are_no_classes(tmp_path: Path) -> None:
+    parquet(tmp_path / "train-0.parquet", image=[b"x"], label=[3_000_000_000])
+    with pytest.raises(DataError, match=r"'label' is up to 3000000000 in 1 rows, no classes'"):
+        open_dataset(str(tmp_path))
+
+
+def test_a_row_group_in_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Arrow reads one of more than 2 GiB."""
+    write(str(tmp_path), 10, rows_per_group=10)
+    dataset = open_dataset(str(tmp_path))
+    want = Rows(dataset, "train").read(np.arange(10))
+    whole = pq.ParquetFile.read_row_group
+
+    def pieces(self: pq.ParquetFile, index: int, **more: object) -> pa.Table:
+        table = whole(self, index, **more)
+        return pa.concat_tables([table.slice(0, 4), table.slice(4)])
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", pieces)
+    assert Rows(dataset, "train").read(np.arange(10)) == want
 
 
 def test_manifest_and_files_that_disagree(tmp_path: Path) -> None:

@@ -1,0 +1,235 @@
+"""What images show, as people lay them out: nothing is lost, mixed up or guessed in silence."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import made
+import pyarrow.parquet as pq
+import pytest
+from made import plan, prepare, rows
+
+from datasets import DataError
+from datasets.kept import Options
+from datasets.listing import read_labels, read_list, read_words
+from datasets.shards import open_dataset
+
+WHOLE = Options(size=16, holdout=0, keep=True)
+
+
+def files(folder: Path, *names: str) -> Path:
+    """An image at each of these places, the n-th with the number n."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(made.encoded(number))
+    return folder
+
+
+def tarred(path: Path, *names: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(made.tar_bytes([(name, made.encoded(n)) for n, name in enumerate(names)]))
+    return str(path)
+
+
+def test_labels_of_images_that_share_a_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    source = tarred(tmp_path / "x.tar", "./a/0.jpg", "./a/1.jpg", "./b/0.jpg", "./b/1.jpg")
+    given = tmp_path / "labels.csv"
+    given.write_text(
+        "file,label,split\na/0.jpg,cat,\na/1.jpg,cat,\nb/0.jpg,dog,\nb/1.jpg,dog,val\n"
+    )
+    manifest = prepare(source, tmp_path / "shards", WHOLE, labels=read_labels(str(given), []))
+    assert manifest["rows"] == {"train": 3, "val": 1}
+    found = rows(tmp_path / "shards", "train") + rows(tmp_path / "shards", "val")
+    assert sorted(found) == sorted(
+        (label, made.encoded(n)) for n, label in enumerate(["cat", "cat", "dog", "dog"])
+    )
+    given.write_text("0.jpg,cat\n1.jpg,cat\n")
+    prepare(source, tmp_path / "alike", WHOLE, labels=read_labels(str(given), []))
+    given.write_text("x/0.jpg,cat\nx/1.jpg,cat\ny/0.jpg,dog\n")
+    with pytest.raises(DataError, match=r"/0.jpg: the list of labels has no such path, nor one la"):
+        prepare(source, tmp_path / "none", WHOLE, labels=read_labels(str(given), []))
+    given.write_text("0.jpg,cat\n./0.jpg,dog\n")
+    with pytest.raises(DataError, match=r"labels.csv: 0.jpg is 'cat' and 'dog'; remove a line"):
+        read_labels(str(given), [])
+
+
+@pytest.mark.parametrize("inner", ["cat/{}.jpg", "./top/cat/{}.jpg"])
+def test_tars_of_class_folders_are_splits(inner: str, tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        names = [inner.format(n) for n in range(count)]
+        tarred(tmp_path / f"tars/{split}.tar", *names, inner.replace("cat", "dog").format(9))
+    manifest = prepare(f"{tmp_path}/tars", tmp_path / "shards", WHOLE)
+    assert manifest["classes"] == ["cat", "dog"]
+    assert manifest["rows"] == {"train": 4, "val": 3}
+    for piece in ("photos-0", "photos-1"):
+        tarred(tmp_path / f"pieces/{piece}.tar", inner.format(1), inner.replace("cat", piece))
+    pieces = prepare(f"{tmp_path}/pieces", tmp_path / "pieced", WHOLE)
+    assert pieces["classes"] == ["cat", "photos-0", "photos-1"]
+    for name, place in (("train/cat", "x/1.jpg"), ("train/dog", "1.jpg"), ("val/cat", "2.jpg")):
+        tarred(tmp_path / f"classes/{name}.tar", place)
+    classed = prepare(f"{tmp_path}/classes", tmp_path / "classed", WHOLE)
+    assert (classed["classes"], classed["rows"]) == (["cat", "dog"], {"train": 2, "val": 1})
+    tarred(tmp_path / "flat/train.tar", "1.jpg")
+    tarred(tmp_path / "flat/test.tar", "2.jpg")
+    with pytest.raises(DataError, match=r"\d.jpg: in no class folder"):
+        prepare(f"{tmp_path}/flat", tmp_path / "none", WHOLE)
+
+
+@pytest.mark.parametrize("loose", ["test/1.jpg", "train/cover.jpg", "cover.jpg"])
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_an_image_beside_class_folders_is_named(kind: str, loose: str, tmp_path: Path) -> None:
+    source = files(tmp_path / "x", "train/a/0.jpg", "train/b/0.jpg", "val/a/1.jpg", loose)
+    if kind == "zip":
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            for file in sorted(source.rglob("*.jpg")):
+                archive.write(file, file.relative_to(source))
+        source = tmp_path / "x.zip"
+    with pytest.raises(DataError, match=f"{loose}: in no class folder; say what"):
+        prepare(str(source), tmp_path / "shards", WHOLE)
+
+
+def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
+    source = files(tmp_path / "x", "train/0.jpg", "val/0.jpg", "train/1.jpg")
+    assert prepare(str(source), tmp_path / "shards", WHOLE)["classes"] == ["train", "val"]
+
+
+def test_a_flat_folder_takes_labels(tmp_path: Path) -> None:
+    source = files(tmp_path / "x", "0.jpg", "1.jpg")
+    (tmp_path / "labels.txt").write_text("0.jpg cat\n1.jpg dog\n")
+    labels = read_labels(f"{tmp_path}/labels.txt", [])
+    prepare(str(source), tmp_path / "shards", WHOLE, labels=labels)
+    assert sorted(c for c, _ in rows(tmp_path / "shards", "train")) == ["cat", "dog"]
+
+
+def test_links_on_a_disk_lead_on(tmp_path: Path) -> None:
+    files(tmp_path / "elsewhere", "b/1.jpg", "deep/2.jpg")
+    source = files(tmp_path / "x", "a/0.jpg")
+    (source / "b").symlink_to(tmp_path / "elsewhere/b")
+    (source / "a/more").symlink_to(tmp_path / "elsewhere/deep")
+    (source / "a/round").symlink_to(source)
+    (source / "a/nowhere.jpg").symlink_to(tmp_path / "gone")
+    manifest = prepare(str(source), tmp_path / "shards", WHOLE)
+    assert (manifest["classes"], manifest["rows"]) == (["a", "b"], {"train": 3})
+    tarred(tmp_path / "elsewhere/c.tar", "3.jpg")
+    tarred(tmp_path / "tars/d.tar", "4.jpg")
+    (tmp_path / "tars/c.tar").symlink_to(tmp_path / "elsewhere/c.tar")
+    assert prepare(f"{tmp_path}/tars", tmp_path / "more", WHOLE)["classes"] == ["c", "d"]
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(DataError, match="loop: a link that leads to itself"):
+        open_dataset(f"{tmp_path}/loop")
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    source = files(tmp_path / "x", "a/0.jpg", "b/1.jpg")
+    (source / "b").chmod(0)
+    try:
+        with pytest.raises(DataError, match=r"x/b: may not be read"):
+            prepare(str(source), tmp_path / "shards", WHOLE)
+    finally:
+        (source / "b").chmod(0o755)
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_in_a_tar_are_images(kind: bytes, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        made.add(tar, "top/a/0.jpg", made.encoded(0))
+        made.add(tar, "top/b/1.jpg", made.encoded(1))
+        for name, target in (("top/b/2.jpg", "top/a/0.jpg"), ("top/a/3.jpg", "top/b/1.jpg")):
+            link = tarfile.TarInfo(name)
+            link.type = kind
+            link.linkname = target if kind == tarfile.LNKTYPE else target.replace("top", "..")
+            tar.addfile(link)
+    prepare(f"{tmp_path}/x.tar", tmp_path / "shards", WHOLE)
+    want = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    assert sorted(rows(tmp_path / "shards", "train")) == sorted(
+        (label, made.encoded(n)) for label, n in want
+    )
+
+
+def test_a_name_that_is_no_text_is_named(tmp_path: Path) -> None:
+    with tarfile.open(
+        tmp_path / "x.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT
+    ) as tar:
+        made.add(tar, "caf\xe9/0.jpg", made.encoded(0))
+    with pytest.raises(DataError, match=r"x.tar: 'caf.udce9/0.jpg' is no UTF-8; rename it"):
+        prepare(f"{tmp_path}/x.tar", tmp_path / "shards", WHOLE)
+
+
+def test_a_photograph_is_told_from_its_mask_and_a_label_from_none(tmp_path: Path) -> None:
+    members = []
+    for n, label in enumerate(["cat", "dog"]):
+        told = json.dumps({"label": None, "class": label}).encode()
+        photo, mask = made.encoded(n), made.encoded(9, "PNG")
+        order = [(f"{n}.jpg", photo), (f"{n}.seg.png", mask)]
+        members += [(f"{n}.json", told), *(order if n else order[::-1])]
+    (tmp_path / "x.tar").write_bytes(made.tar_bytes(members))
+    prepare(f"{tmp_path}/x.tar", tmp_path / "shards", WHOLE)
+    assert sorted(rows(tmp_path / "shards", "train")) == [
+        ("cat", made.encoded(0)),
+        ("dog", made.encoded(1)),
+    ]
+
+
+def test_words_about_a_tar_of_class_folders_make_it_no_webdataset(tmp_path: Path) -> None:
+    members = [("root/info.json", b"{}"), ("root/a/0.jpg", made.encoded(0))]
+    members.append(("root/b/1.jpg", made.encoded(1)))
+    (tmp_path / "x.tar").write_bytes(made.tar_bytes(members))
+    assert prepare(f"{tmp_path}/x.tar", tmp_path / "shards", WHOLE)["classes"] == ["a", "b"]
+
+
+def test_an_empty_split_in_a_list_is_train(tmp_path: Path) -> None:
+    files(tmp_path, "0.jpg", "1.jpg", "2.jpg", "3.jpg")
+    lines = "file,label,split\n0.jpg,a,\n1.jpg,b,train\n2.jpg,a,val\n3.jpg,b,\n"
+    (tmp_path / "x.csv").write_text(lines)
+    source = f"{tmp_path}/x.csv"
+    assert prepare(source, tmp_path / "all", WHOLE)["rows"] == {"train": 3, "val": 1}
+    assert plan(source, tmp_path / "one", WHOLE, split="train").images == {"train": 3}
+
+
+def test_empty_lines_and_tabs(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("\n\nlabel,file\n\ncat,a.jpg\n")
+    assert list(read_list(f"{tmp_path}/x.csv")) == [("a.jpg", "cat", "")]
+    (tmp_path / "x.csv").write_text("\nlabel,file\ncat\n")
+    with pytest.raises(DataError, match=r"x.csv line 3: 1 fields"):
+        list(read_list(f"{tmp_path}/x.csv"))
+    (tmp_path / "words.txt").write_text("n01\tgoldfish, Carassius\nn02 a dog\nn03\n")
+    words = {"n01": "goldfish, Carassius", "n02": "a dog", "n03": ""}
+    assert read_words(f"{tmp_path}/words.txt") == words
+
+
+def test_what_was_skipped_is_counted_by_its_reason(tmp_path: Path) -> None:
+    files(tmp_path, "0.jpg", "1.jpg")
+    names = [f"{n}.jpg" for n in range(6)]
+    (tmp_path / "x.csv").write_text("".join(f"{name},{name[0] in '024'}\n" for name in names))
+    options = Options(size=16, holdout=0, on_error="skip")
+    assert prepare(f"{tmp_path}/x.csv", tmp_path / "s", options)["skipped"] == {"no such file": 4}
+
+
+def test_unfinished_plans_and_finished_ones_stand_in_nobodys_way(tmp_path: Path) -> None:
+    source = made.make("tar", tmp_path / "source")
+    prepared = plan(source, tmp_path / "shards")
+    note = tmp_path / "shards/.prepare/plan.json"
+    note.write_text("")  # as a kill may leave it
+    prepare(source, tmp_path / "shards")
+    # Killed between the manifest and the removal.
+    note.parent.mkdir()
+    note.write_text(json.dumps({"digest": prepared.digest}))
+    manifest = prepare(source, tmp_path / "shards", split="test")
+    assert list(manifest["rows"]) == ["train", "val", "test"]
+    assert not note.parent.exists()
+
+
+def test_several_data_sets_below_one_folder_are_not_mixed(tmp_path: Path) -> None:
+    made.make("parquet", tmp_path / "one")
+    data = pq.read_table(tmp_path / "one/data.parquet")
+    for name in ("full", "small"):
+        (tmp_path / f"hub/{name}/train").mkdir(parents=True)
+        pq.write_table(data, tmp_path / f"hub/{name}/train/0000.parquet")
+    with pytest.raises(DataError, match=r"several data sets have a train split \(full, small\)"):
+        open_dataset(f"{tmp_path}/hub")
+    assert open_dataset(f"{tmp_path}/hub/full").rows("train") == made.IMAGES
