@@ -11,7 +11,8 @@ import json
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,10 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 class NotSaved(RuntimeError):
     """A checkpoint could not be written; the message says where and why."""
+
+
+class Damaged(ValueError):
+    """A checkpoint could not be read; the message says which and why."""
 
 
 def _dcp(name: str = "") -> Any:
@@ -128,35 +133,35 @@ def load(path: str, tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> di
     """Loads a state into this rank's share and returns its progress.
 
     Layers that were frozen when it was saved have no momentum in it, and start anew. Raises
-    ValueError, naming a parameter, if it is of another network.
+    ValueError, naming a parameter, if it is of another network, Damaged if it cannot be read.
     """
     check(path, tower.network)
     state = {**_tensors(tower, optimizer, mesh), "rate": 0.0, "progress": ""}
     saved = _metadata(path)
     for name in [name for name in state if name.startswith("momentum.") and name not in saved]:
         state.pop(name).zero_()
-    _dcp().load(state, storage_reader=_storage("Reader", path), no_dist=mesh is None)
+    _load(path, state, alone=mesh is None)
     optimizer.restore_rate(state["rate"])
     progress: dict[str, Any] = json.loads(state["progress"])
     return progress
 
 
 def read_progress(path: str) -> dict[str, Any]:
-    """The progress that a checkpoint holds, without its tensors."""
+    """The progress that a checkpoint holds, without its tensors. Raises Damaged."""
     state = {"progress": ""}
-    _dcp().load(state, storage_reader=_storage("Reader", path), no_dist=True)
+    _load(path, state)
     progress: dict[str, Any] = json.loads(state["progress"])
     return progress
 
 
 def load_weights(path: str) -> dict[str, Tensor]:
-    """The whole network's weights by name, on the CPU, without a process group."""
+    """The whole network's weights by name, on the CPU, without a process group. Raises Damaged."""
     weights = {
         name.removeprefix("weights."): torch.empty(item.size, dtype=item.properties.dtype)
         for name, item in _metadata(path).items()
         if name.startswith("weights.")
     }
-    _dcp().load({"weights": weights}, storage_reader=_storage("Reader", path), no_dist=True)
+    _load(path, {"weights": weights})
     return weights
 
 
@@ -195,6 +200,28 @@ def _dump(
     except dcp.api.CheckpointException as error:  # which is no Exception
         rank, (cause, _) = next(iter(error.failures.items()))
         raise NotSaved(f"{path} cannot be written by rank {rank}: {cause}") from None
+
+
+def _load(path: str, state: dict[str, Any], *, alone: bool = True) -> None:
+    with _named(path):
+        _dcp().load(state, storage_reader=_storage("Reader", path), no_dist=alone)
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Whatever a damaged file makes its readers raise as Damaged."""
+    try:
+        yield
+    except BaseException as error:
+        causes = [cause for cause, _ in getattr(error, "failures", {}).values()]  # of several ranks
+        if not (causes or isinstance(error, Exception)):
+            raise
+        cause = (causes or [error])[0]
+        said = " ".join(str(cause).split())[:150] or "no message"
+        raise Damaged(
+            f"{path} cannot be read ({type(cause).__name__}: {said}); without it, the one before "
+            "is the last"
+        ) from None
 
 
 def _tensors(
@@ -239,13 +266,16 @@ def _storage(kind: str, path: str) -> Any:
 
 
 def _metadata(path: str) -> dict[str, TensorStorageMetadata]:
-    items = _storage("Reader", path).read_metadata().state_dict_metadata
+    with _named(path):
+        items = _storage("Reader", path).read_metadata().state_dict_metadata
     tensor = _dcp(".metadata").TensorStorageMetadata
     return {name: m for name, m in items.items() if isinstance(m, tensor)}
 
 
 def check(path: str, network: Network) -> None:
-    """Raises ValueError, naming parameter and shapes, if a checkpoint is of another network."""
+    """Raises ValueError, naming parameter and shapes, if a checkpoint is of another network, and
+    Damaged.
+    """
     saved = {n.split(".", 1)[1]: tuple(m.size) for n, m in _metadata(path).items()}
     for index, layer in enumerate(network.layers):
         want, have = network.weight_shape(index), saved.get(f"{layer.name}.weight")

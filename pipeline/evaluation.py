@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.network import Network
 from pipeline.tower import Tower
+from pipeline.training import NotANumber
 
 TOP = 5  # classes that the truth may be among
 
@@ -61,11 +62,13 @@ class Classifier:
         return self._blocks(crops, len(self.tower.blocks) - 1).flatten(1).float().cpu()
 
     def _blocks(self, crops: Tensor, count: int) -> Tensor:
-        """What the first `count` layers make of crops."""
+        """What the first `count` layers make of crops. Raises NotANumber if that is not finite."""
         x = (crops.to(self.mean.device) - self.mean).mul_(self.scale).permute(0, 3, 1, 2)
         x = x.to(self.tower.compute)
         for block in list(self.tower.blocks.values())[:count]:
             x = block(x, None, None)
+        if not x.isfinite().all():
+            raise NotANumber("what the network makes of images are no numbers")
         return x
 
 
@@ -145,7 +148,7 @@ def judge(probabilities: Tensor, labels: Tensor) -> Verdicts:
     classes = torch.arange(probabilities.shape[1])
     target = probabilities.gather(1, labels[:, None])
     tied = (probabilities == target) & (classes < labels[:, None])
-    ranks = ((probabilities > target) | tied).sum(1)
+    ranks = (~(probabilities <= target) | tied).sum(1)  # all before the true one if it is nan
     tiny = torch.finfo(torch.float64).tiny  # the loss of an impossible truth stays finite
     losses = -target[:, 0].double().clamp_min(tiny).log()
     return Verdicts(labels, probabilities.argmax(1), ranks, losses)

@@ -57,7 +57,8 @@ class _CrossEntropy(torch.autograd.Function):
 
         classes = torch.arange(first, first + logits.shape[1], device=logits.device)
         tied = (logits == target[:, None]) & (classes < labels[:, None])
-        ranks = ((logits > target[:, None]) | tied).sum(1)
+        # Not `>`, so that none is right among what are not numbers.
+        ranks = (~(logits <= target[:, None]) | tied).sum(1)
         if pair:
             pair.sum_(ranks)
 

@@ -12,7 +12,9 @@ from pipeline import native
 
 def key(*parts: int | str) -> int:
     """A 63-bit key for these parts, e.g. (seed, "dropout", step, "fc6")."""
-    digest = blake2b(repr(parts).encode(), digest_size=8).digest()
+    # NumPy's integers have another repr than Python's.
+    plain = tuple(part if isinstance(part, str) else int(part) for part in parts)
+    digest = blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -71,6 +71,11 @@ class Recipe:
             if allowed and value not in allowed:
                 names = ", ".join(str(a) for a in allowed)
                 raise ValueError(f"{f.name} is {value!r}: one of {names}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ValueError(f"{f.name} is {number}: a finite number")
+        if self.drops and min(self.drops) < 0:
+            raise ValueError(f"drops has {min(self.drops)}: at least 0")
         self._at_least("batch", 1)
         self._at_least("epochs", 1)
         self._at_least("patience", 1)
@@ -87,14 +92,12 @@ class Recipe:
         if self.pad and not self.crops:
             raise ValueError(f"pad is {self.pad}: it has no effect without crops")
         crop = self.build(1000).crop
-        if self.image + 2 * self.pad < crop or (self.image < crop and not self.crops):
+        if self.image < crop:
             raise ValueError(f"image is {self.image}: at least the crop of {crop} pixels")
 
     def _at_least(self, name: str, least: int) -> None:
         if not getattr(self, name) >= least:
             raise ValueError(f"{name} is {getattr(self, name)}: at least {least}")
-        if getattr(self, name) == math.inf:
-            raise ValueError(f"{name} is inf: a finite number")
 
     def build(self, classes: int) -> Network:
         """The network of this recipe for so many classes."""

@@ -22,7 +22,9 @@ from pipeline.waiting import LIMIT, all_reduce, watch
 
 
 class NotANumber(RuntimeError):
-    """The loss is no longer a finite number; weights are as they were before the step."""
+    """The loss, or what a network makes of images, is no finite number; a step that would have
+    followed did not change weights.
+    """
 
 
 @dataclass(frozen=True)
@@ -200,11 +202,17 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, images: Images) -> Totals:
-        """The totals of a global batch without dropout; weights and gradients stay."""
+        """The totals of a global batch without dropout; weights and gradients stay.
+
+        Raises NotANumber (on every rank alike).
+        """
         sums = self._zeros()
         for start, end, _ in self._parts(images):
             sums += self._forward(images, start, end, None)[2]
-        return _Later(self._summed(sums)).get()
+        found = _Later(self._summed(sums)).get()
+        if not math.isfinite(found.loss):
+            raise NotANumber(f"the loss is {found.loss} in an evaluation")
+        return found
 
     def _parts(self, images: Images) -> list[tuple[int, int, Tensor]]:
         """Start, end and places of each micro-batch; none of a batch without images."""

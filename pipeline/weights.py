@@ -57,11 +57,14 @@ def fitting(
     """The network that `build` makes for as many classes as the weights `found` in a file tell
     apart, and them.
 
-    Raises ValueError, naming file and parameter with both shapes, if they are not the network's.
+    Raises ValueError, naming file and parameter with both shapes, if they are not the network's or
+    not finite.
     """
     last = f"{build(1000).layers[-1].name}.bias"
     if last not in found:
         raise ValueError(f"{file}: {last} is missing; there are {', '.join(sorted(found)[:20])}")
+    if found[last].dim() != 1:
+        raise ValueError(f"{file}: {last} is {tuple(found[last].shape)}: one number a class")
     network = build(len(found[last]))
     for index, layer in enumerate(network.layers):
         for name, want in (
@@ -71,6 +74,8 @@ def fitting(
             have = tuple(found[name].shape) if name in found else None
             if have != want:
                 raise ValueError(f"{file}: {name} is {have}, {network.name} wants {want}")
+            if not found[name].isfinite().all():
+                raise ValueError(f"{file}: {name} has values that are no finite numbers")
     names = [f"{layer.name}.{kind}" for layer in network.layers for kind in ("weight", "bias")]
     if extra := sorted(set(found) - set(names)):
         raise ValueError(f"{file}: {extra[0]} is none of {network.name}'s parameters")
@@ -83,7 +88,15 @@ def read_about(file: str) -> dict[str, Any]:
 
     with safe_open(file, "pt") as opened:
         about: dict[str, Any] = dict(opened.metadata() or {})
-    return {k: json.loads(v) if v[:1] in "[{" else v for k, v in about.items()}
+    return {name: _value(text) for name, text in about.items()}
+
+
+def _value(text: str) -> Any:
+    """What is JSON for more than one value, or else the text: others write there what they like."""
+    try:
+        return json.loads(text) if text[:1] in ("[", "{") else text
+    except ValueError:
+        return text
 
 
 def _read(file: str) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from datasets.layout import storage, whole
+from datasets.layout import storage, whole, write_whole
 from workers.config import UserError
 
 
@@ -18,7 +18,7 @@ def check_output(url: str) -> None:
         if fs.isdir(path):
             raise UserError(f"{url} is a folder; name a file in it")
         probe = f"{path}.{uuid.uuid4().hex}.partial"
-        fs.pipe_file(probe, b"")
+        write_whole(fs, probe, b"")
         fs.rm_file(probe)
 
 

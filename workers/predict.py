@@ -11,8 +11,8 @@ import torch
 
 from datasets import DataError
 from datasets.augmentation import evaluation_views
-from datasets.images import ENDINGS, MAX_BYTES, Pixels, decode
-from datasets.layout import address, opened, persistent, storage
+from datasets.images import MAX_BYTES, Pixels, decode, is_image
+from datasets.layout import address, files_below, opened, persistent, storage
 from pipeline.evaluation import best
 from workers.config import UserError
 from workers.sweep import Views, checked_views
@@ -55,8 +55,7 @@ def image_files(place: str) -> list[str]:
     fs, path = storage(place)
     if not persistent(place, lambda: fs.isdir(path)):
         return [place]  # which `opened` names if it is missing
-    names = (name for name in fs.find(path) if name.rpartition(".")[2].lower() in ENDINGS)
-    if not (files := [address(fs, name) for name in sorted(names)]):
+    if not (files := [address(fs, name) for name in files_below(fs, path) if is_image(name)]):
         raise UserError(f"{place}: no image in this folder; name files, or a folder of them")
     return files
 

@@ -10,17 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from datasets.kept import Options, Preparation, complete, finished
 from datasets.layout import storage
 from datasets.listing import read_labels, read_words
-from datasets.preparation import (
-    Options,
-    Preparation,
-    complete,
-    finish,
-    finished,
-    lay_out,
-    make_shard,
-)
+from datasets.preparation import finish, lay_out, make_shard
 from datasets.shards import read_manifest
 from datasets.sources import Source, find_source, scan
 from workers.cluster import connected

@@ -7,14 +7,28 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from datasets.statistics import Statistics
 from pipeline import checkpoint
 from pipeline.evaluation import Classifier
 from pipeline.network import Network
+from pipeline.training import NotANumber
 from workers.config import Config, UserError, bare, configure
 from workers.data import Classes, classes_of, kept_classes, known_statistics, training_data
 from workers.run import checkpoint_url, checkpoints
+
+
+class _OfRun(Classifier):
+    """Says which run it is of that has diverged, if it has."""
+
+    source = ""
+
+    def _blocks(self, crops: Tensor, count: int) -> Tensor:
+        try:
+            return super()._blocks(crops, count)
+        except NotANumber as error:
+            raise UserError(f"{self.source}: {error}: it has diverged; take another step") from None
 
 
 @dataclass(frozen=True)
@@ -48,7 +62,7 @@ class Trained:
         full layers' weights are not copied.
         """
         assert self.statistics
-        return Classifier(
+        made = _OfRun(
             self.network,
             {name: torch.from_numpy(weight) for name, weight in self.weights.items()},
             torch.from_numpy(self.statistics.centre(self.network.crop)),
@@ -56,6 +70,8 @@ class Trained:
             compute=getattr(torch, precision or self.config.precision),
             device=device,
         )
+        made.source = f"{self.run} step {self.step}"
+        return made
 
 
 def pick_step(run: str, step: int | None) -> int:
@@ -76,12 +92,15 @@ def pick_step(run: str, step: int | None) -> int:
 def open_trained(run: str, step: int | None = None) -> Trained:
     """The network of a run's last checkpoint, or that of a step, from a run of any mesh.
 
-    Raises UserError if there is no such checkpoint or no configuration.
+    Raises UserError if there is no such checkpoint, it is damaged, or there is no configuration.
     """
     run = bare(run)
     step = pick_step(run, step)
     config = configure({}, f"{run}/config.toml")
-    weights = checkpoint.load_weights(checkpoint_url(run, step))
+    try:
+        weights = checkpoint.load_weights(checkpoint_url(run, step))
+    except checkpoint.Damaged as error:
+        raise UserError(str(error)) from None
     classes, statistics = kept_classes(run), known_statistics(config.image, run)
     if not (classes and statistics) and (data := training_data(run, config)):
         classes = classes or classes_of(data)

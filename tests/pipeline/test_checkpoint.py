@@ -216,6 +216,19 @@ def test_what_any_mesh_saved_while_it_trained_every_other_loads(
         assert_equal(replica([tensors for _, tensors in answers], mesh), want)
 
 
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_damaged_checkpoint_is_named(name: str, tmp_path: Path) -> None:
+    trainer = make_trainer(NETWORK, dtype=torch.float32)
+    checkpoint.save(f"{tmp_path}/c", trainer.tower, trainer.optimizer, PROGRESS, None)
+    file = tmp_path / "c" / name
+    file.write_bytes(file.read_bytes()[:100])
+    for read in (checkpoint.load_weights, checkpoint.read_progress):
+        with pytest.raises(checkpoint.Damaged, match=r"/c cannot be read \(\w+: .*the one before"):
+            read(f"{tmp_path}/c")
+    with pytest.raises(checkpoint.Damaged, match="/c cannot be read"):
+        checkpoint.load(f"{tmp_path}/c", trainer.tower, trainer.optimizer, None)
+
+
 def test_a_full_disk_is_said_by_the_writer(tmp_path: Path) -> None:
     trainer = make_trainer(NETWORK, dtype=torch.float32)
     writer = checkpoint.Writer(None)

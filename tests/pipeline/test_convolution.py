@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from forms import CUDA, GPU, WHY_NOT
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,7 +21,6 @@ def draw(*shape: int) -> Tensor:
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 7), st.integers(0, 3), st.data())
-@settings(deadline=None)
 def test_strides_fold_into_maps(
     maps: int, stride: int, kernel: int, padding: int, data: st.DataObject
 ) -> None:
@@ -37,7 +36,6 @@ def test_strides_fold_into_maps(
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.data())
-@settings(deadline=None)
 def test_groups_are_zeros_between_them(maps: int, groups: int, data: st.DataObject) -> None:
     kernel = data.draw(st.integers(1, 3))
     x, weight = draw(2, maps * groups, 5, 5), draw(6 * groups, maps, kernel, kernel)

@@ -111,7 +111,7 @@ few = st.integers(1, 4)
 
 
 @given(few, few, few, floats, st.integers(0, 9))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_crossing_product_is_the_undivided_product(
     pair: Ranks, n: int, half_in: int, half_out: int, dtype: tuple[torch.dtype, float], seed: int
 ) -> None:
@@ -127,7 +127,7 @@ def test_a_crossing_product_is_the_undivided_product(
     floats,
     st.integers(0, 9),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_crossing_convolution_is_the_undivided_convolution(
     pair: Ranks,
     sizes: tuple[int, int, int, int, int, int],

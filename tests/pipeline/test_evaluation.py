@@ -12,7 +12,7 @@ from pipeline.loss import cross_entropy
 from pipeline.network import build
 from pipeline.optimizer import SGD
 from pipeline.tower import Tower
-from pipeline.training import Images, Trainer
+from pipeline.training import Images, NotANumber, Trainer
 
 NETWORK = build("cifar", 7)
 
@@ -94,6 +94,23 @@ def test_ranks_are_those_of_the_loss_ties_included() -> None:
     classes, values = best(logits.double().softmax(1))
     assert torch.equal((classes == labels[:, None]).any(1), ranks < 5)
     assert (values[:, :-1] >= values[:, 1:]).all()
+
+
+def test_what_is_no_number_is_never_right(tower: Tower, crops: torch.Tensor) -> None:
+    nan = torch.full((2, 7), torch.nan, dtype=torch.float64)
+    assert judge(nan, torch.tensor([0, 6])).means()["top5_error"] == 1
+    _, ranks = cross_entropy(nan, torch.tensor([0, 6]), 0, None)
+    assert ranks.tolist() == [7, 7]
+    diverged = Tower(NETWORK, seed=1)
+    with torch.no_grad():
+        for weight in diverged.parameters():
+            weight.fill_(torch.nan)
+    with pytest.raises(NotANumber, match="are no numbers"):
+        classifier(diverged).probabilities(crops)
+    optimizer = SGD(diverged.weights(), rate=0.1, momentum=0.9)
+    trainer = Trainer(diverged, optimizer, MEAN, seed=0, scale=1 / 64)
+    with pytest.raises(NotANumber, match="the loss is nan in an evaluation"):
+        trainer.evaluate(Images(crops[:, 4], torch.zeros(6, dtype=torch.int64), torch.zeros(6, 3)))
 
 
 def test_an_impossible_truth_has_a_finite_loss() -> None:

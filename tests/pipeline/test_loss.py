@@ -41,7 +41,7 @@ def before(logits: Tensor, labels: Tensor) -> list[int]:
 
 
 @given(st.integers(1, 6), st.integers(2, 9), st.sampled_from([0, 1, 30]), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_loss_and_its_gradient_are_torchs(
     pair: Ranks, n: int, classes: int, spread: int, seed: int
 ) -> None:
@@ -61,7 +61,7 @@ def test_the_loss_and_its_gradient_are_torchs(
 
 
 @given(st.data(), st.integers(2, 8))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_among_equal_logits_the_lower_class_comes_first(
     pair: Ranks, data: st.DataObject, classes: int
 ) -> None:
@@ -114,7 +114,7 @@ def two_labellings(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 @given(two_labellings())
 @example(([2, 0], [0, 1]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_labels_that_differ_between_the_towers_are_noticed_by_both(
     pair: Ranks, labels: tuple[list[int], list[int]]
 ) -> None:

@@ -162,7 +162,7 @@ def test_weights_start_as_published() -> None:
 
 
 @given(st.sampled_from(["alexnet-mini", "cifar"]), st.integers(2, 30), st.integers(0, 99))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_shares_of_one_seed_fit_together(name: str, classes: int, seed: int) -> None:
     network = build(name, classes)
     whole = Tower(network, seed=seed).weights()

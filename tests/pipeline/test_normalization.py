@@ -51,7 +51,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 @given(norms, st.integers(1, 4), st.sampled_from([1, 2]), st.booleans(), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_it_is_the_formula_windows_cut_off_at_borders_included(
     norm: Norm, each: int, columns: int, last: bool, seed: int
 ) -> None:
@@ -66,7 +66,7 @@ def test_it_is_the_formula_windows_cut_off_at_borders_included(
 
 
 @given(norms, st.integers(1, 3), st.sampled_from([1, 2]), st.integers(0, 99))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_its_gradient_is_that_of_finite_differences(
     norm: Norm, each: int, columns: int, seed: int
 ) -> None:
@@ -132,7 +132,7 @@ def results(
     st.sampled_from([0.5, 0.75, 1.0]),
     st.integers(0, 99),
 )
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 def test_every_form_is_the_same_mathematics(
     form: Form,
     dtype: torch.dtype,

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -34,7 +34,6 @@ rates = st.floats(1e-4, 1.0)
     st.sampled_from([1.0, 2.0]),
     st.booleans(),
 )
-@settings(deadline=None)
 def test_steps_follow_the_papers_rule_while_the_rate_changes(
     rates: list[float], momentum: float, decay: float, bias_rate: float, decay_bias: bool
 ) -> None:

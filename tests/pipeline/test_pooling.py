@@ -28,7 +28,7 @@ def noise(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
     st.sampled_from([1, 3, 48, 512, 600]),
     st.integers(0, 99),
 )
-@settings(max_examples=EXAMPLES // 2, deadline=None)
+@settings(max_examples=EXAMPLES // 2)
 def test_it_is_torchs_max_pooling(
     form: Form,
     dtype: torch.dtype,

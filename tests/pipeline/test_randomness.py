@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from forms import GPU, WHY_NOT
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -35,7 +35,6 @@ def test_neighbours_in_a_mask_are_independent() -> None:
 
 
 @given(st.data(), st.integers(1, 40), st.integers(1, 30), st.integers(0, 2**63 - 1))
-@settings(deadline=None)
 def test_a_slice_of_a_mask_is_the_mask_of_a_slice(
     data: st.DataObject, width: int, n: int, draw: int
 ) -> None:

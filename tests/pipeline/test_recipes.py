@@ -75,9 +75,9 @@ def test_a_recipe_hands_its_options_on() -> None:
         ({"colour": -0.1}, r"colour is -0\.1: at least 0"),
         ({"warmup": -1}, "warmup is -1: at least 0"),
         ({"decay": -1e-4}, r"decay is -0\.0001: at least 0"),
-        ({"bias_rate": float("nan")}, "bias_rate is nan: at least 0"),
+        ({"bias_rate": float("nan")}, "bias_rate is nan: a finite number"),
         ({"rate": 0.0}, r"rate is 0\.0: more than 0"),
-        ({"rate": float("nan")}, "rate is nan: more than 0"),
+        ({"rate": float("nan")}, "rate is nan: a finite number"),
         ({"scale": -1.0}, r"scale is -1\.0: more than 0"),
         ({"momentum": 1.0}, r"momentum is 1\.0: at least 0 and less than 1"),
         ({"drops": (3.0,)}, r"drops is \[3\.0\]: only schedule 'steps' has drops"),
@@ -92,8 +92,10 @@ def test_a_recipe_refuses(change: dict[str, Any], message: str) -> None:
         Recipe(**change)
 
 
-def test_a_border_may_make_up_for_a_small_image() -> None:
-    assert Recipe(image=200, pad=12).pad == 12
+def test_images_are_as_large_as_the_crop_without_their_border() -> None:
+    with pytest.raises(ValueError, match="image is 200: at least the crop of 224 pixels"):
+        Recipe(image=200, pad=12)  # evaluation adds none
+    assert Recipe(image=224, pad=12).pad == 12
     assert Recipe(image=224, crops=False).image == 224
 
 

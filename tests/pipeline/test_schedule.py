@@ -117,7 +117,7 @@ def check(
     st.sampled_from(["1f1b", "gpipe"]),
     st.data(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_stages_of_any_network_equal_one_process(
     pair: Ranks, four: Ranks, network: Network, n: int, microbatches: int, kind: Kind, data: Any
 ) -> None:

@@ -123,7 +123,7 @@ def networks(draw: st.DrawFn) -> Network:
 
 
 @given(networks(), st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_two_towers_of_any_network_equal_one_process_and_plain_modules(
     pair: Ranks, network: Network, n: int, microbatches: int, seed: int
 ) -> None:
@@ -170,7 +170,7 @@ def test_two_towers_of_the_full_network_equal_one_process_and_plain_modules(
 
 
 @given(networks(), st.integers(1, 6), st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_replicas_equal_one_process_whoever_has_how_many_images(
     pair: Ranks, four: Ranks, network: Network, n: int, data: st.DataObject
 ) -> None:

@@ -37,6 +37,9 @@ def test_what_is_said_of_them_comes_back(weights: dict[str, torch.Tensor], tmp_p
     Path(file).write_bytes(packed(file, weights, {"network": "cifar", "names": "[1, 2]"}))
     about = read_about(file)
     assert (about["network"], about["names"]) == ("cifar", [1, 2])
+    Path(file).write_bytes(packed(file, weights, {"empty": "", "from": "[converted from caffe]"}))
+    about = read_about(file)
+    assert (about["empty"], about["from"]) == ("", "[converted from caffe]")
 
 
 @pytest.mark.parametrize("names", ["{}_w {}_b", "{}.weight {}.bias", "{}/0 {}/1"])
@@ -80,6 +83,8 @@ def test_bvlc_alexnets_shapes_are_ours() -> None:
             r"conv2.weight is \(64, 32, 3, 3\), cifar wants",
         ),
         ("w.pt", {"fc4.bias": None}, "fc4.bias is missing; there are conv1.bias"),
+        ("w.pt", {"fc4.bias": ()}, r"fc4.bias is \(\): one number a class"),
+        ("w.pt", {"fc4.bias": (1, 1, 1, 7)}, r"fc4.bias is \(1, 1, 1, 7\): one number a class"),
         ("w.pt", {"fc9.bias": (3,)}, "fc9.bias is none of cifar's parameters"),
         ("w.bin", {}, "a name that ends in .safetensors, .pt or .npz is wanted"),
         ("w.npz", {}, "w.npz: no such file"),
@@ -100,6 +105,15 @@ def test_other_weights_are_refused(
     torch.save(weights, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=message):
         read_weights(f"{tmp_path}/{name}", MAKE)
+
+
+def test_weights_that_are_no_numbers_are_refused(
+    weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    weights["conv2.weight"][3] = torch.nan
+    torch.save(weights, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w.pt: conv2.weight has values that are no finite"):
+        read_weights(f"{tmp_path}/w.pt", MAKE)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt", "npz"])

@@ -58,7 +58,7 @@ def test_every_field_has_a_sentence() -> None:
         ({"rate": -1.0}, "rate is -1.0: more than 0"),
         ({"timeout": float("inf")}, "timeout is inf: a finite number"),
         ({"stages": 2, "replicas": 0}, "replicas is 0"),
-        ({"rate": float("nan")}, "rate is nan: more than 0"),
+        ({"rate": float("nan")}, "rate is nan: a finite number"),
         ({"image": 60}, "image is 60: at least the crop of 64 pixels"),
         ({"network": "alexnet", "drops": (3.0,)}, "only schedule 'steps' has drops"),
         ({"pad": 4, "crops": False}, "pad is 4: it has no effect without crops"),

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from datasets import DataError
 from datasets.drawn import draw
 from datasets.images import encode
 from datasets.shards import write_manifest, write_split
@@ -118,6 +120,19 @@ def test_a_run_without_data_learns_its_mean_from_what_it_is_evaluated_on(
     found = evaluate([f"{tmp_path}/run"], data=shards)
     assert found["loss"] == evaluate([run], data=shards, step=3)["loss"]
     evaluate([f"{tmp_path}/run"], data=data)
+
+
+def test_a_network_that_has_diverged_is_not_evaluated(run: str, data: str, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    export(run, f"{tmp_path}/w.pt", 3)
+    weights = torch.load(f"{tmp_path}/w.pt")
+    weights["fc8.weight"].fill_(3e38)
+    torch.save(weights, tmp_path / "w.pt")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    import_(f"{tmp_path}/w.pt", f"{tmp_path}/far", {"network": "alexnet-mini"})
+    shutil.copytree(tmp_path / "far/checkpoints", tmp_path / "run/checkpoints")
+    with pytest.raises(DataError, match="run step 0: what the network makes of images are no numb"):
+        evaluate([f"{tmp_path}/run"], data=data)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from datasets.preparation import Options
+    from datasets.kept import Options
     from workers.prepare import prepare
     from workers.progress import table
 
