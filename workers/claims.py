@@ -200,7 +200,7 @@ def judge(
     better_reached: bool = True,
     worse_reached: bool = True,
 ) -> Finding:
-    """The finding from the measure of each seed's run of either arm.
+    """The finding from the measure of either arm's run of each seed, seeds in the same order.
 
     Supported is what lies beyond the spread between seeds on the claim's side, with the paper's
     factor within it, if there is one. A run that did not come to the goal counts as if it had come

@@ -16,9 +16,7 @@ from datasets.shards import open_dataset, read_manifest
 from datasets.statistics import Statistics
 from workers.config import Config
 from workers.measure import measure
-from workers.placement import Placement
 from workers.progress import Progress
-from workers.run import RunFolder
 
 CLASSES, STATISTICS = "classes.json", "statistics.npz"
 
@@ -60,22 +58,12 @@ def drawn(folder: str, progress: Progress) -> Dataset:
     return open_dataset(url)
 
 
-def statistics_of(
-    dataset: Dataset, config: Config, folder: RunFolder, where: Placement, progress: Progress
-) -> Statistics:
-    """Those of the shards if they were made for this image size, else measured and kept."""
-    found = known_statistics(config.image, dataset.root, folder.url)
-    return found or measured(dataset, config, folder.url, where.augmenter, progress)
-
-
 def measured(
-    dataset: Dataset, config: Config, run: str, resources: dict[str, float], progress: Progress
+    dataset: Dataset, config: Config, resources: dict[str, float], progress: Progress
 ) -> Statistics:
-    """The statistics of the training images, by tasks with these resources; kept in the run."""
+    """The statistics of the training images, by tasks with these resources."""
     progress.say(f"measuring mean and colours of {dataset.rows('train')} images")
-    statistics = measure(dataset, config.image, config.on_error, resources)
-    statistics.save(f"{run}/{STATISTICS}")
-    return statistics
+    return measure(dataset, config.image, config.on_error, resources)
 
 
 def known_statistics(image: int, *folders: str) -> Statistics | None:

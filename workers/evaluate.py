@@ -108,8 +108,11 @@ def complete(network: Trained, dataset: Dataset, progress: Progress) -> Trained:
         )
     if not statistics:
         one = {"CPU": 1.0}
-        statistics = measured(trained_on, network.config, network.run, one, progress)
-    keep(network.run, classes, statistics)
+        statistics = measured(trained_on, network.config, one, progress)
+    try:
+        keep(network.run, classes, statistics)
+    except OSError as error:
+        progress.say(f"{network.run} cannot keep what was found of its data: {error}")
     return replace(network, classes=classes, statistics=statistics)
 
 

@@ -191,17 +191,22 @@ class _Lab:
     ) -> tuple[Finding, dict[str, Any]]:
         """The finding of a claim, and what was measured of each arm, a value a seed."""
 
-        def of(arm: str, measure: str) -> list[float]:
-            return [self.value(one, measure, claim, runs) for one in runs[arm]]
+        def of(arm: str, measure: str) -> dict[str, float]:
+            """By seed, of the runs that are long enough for the measure."""
+            found = {one.seed: self.value(one, measure, claim, runs) for one in runs[arm]}
+            return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
-        better, worse = map(of, (claim.better, claim.worse), claim.measures)
+        first, second = map(of, (claim.better, claim.worse), claim.measures)
+        both = [seed for seed in first if seed in second]
+        better, worse = [first[seed] for seed in both], [second[seed] for seed in both]
         if claim.measure == "averaged":
             better = better[:1]
         if claim.better == claim.worse:
             values = dict(zip(claim.measures, (better, worse), strict=True))
         else:
-            beside = {arm: of(arm, claim.measure) for arm in claim.beside}
-            values = {claim.better: better, claim.worse: worse, **beside}
+            arms = {arm: of(arm, claim.measure) for arm in claim.beside}
+            arms = {claim.better: first, claim.worse: second, **arms}
+            values = {arm: list(found.values()) for arm, found in arms.items()}
         reached = {
             arm: claim.measure != "iterations" or all(one.reached for one in runs[arm])
             for arm in claim.arms
@@ -289,11 +294,11 @@ def _on(
 ) -> str:
     """What a claim was tried on, or why it could not be."""
     name = scale.data.rstrip("/").rpartition("/")[2] if scale.data else "drawn set"
-    counts = [len(runs[arm]) for arm in claim.arms]
-    if not min(counts):
+    seeds = len(set.intersection(*({one.seed for one in runs[arm]} for arm in claim.arms)))
+    if not seeds:
         of_arms = (f"/runs/{arm}-" for arm in claim.arms)
         why = (text for part in of_arms for run, text in failures.items() if part in run)
-        return f"{name}: {next(why, 'no run came to its end')}"
+        return f"{name}: {next(why, 'of no seed all runs came to their end')}"
     images = f", {scale.images:,} images" if scale.images else ""
     steps = max((one.curve[-1][0] for arm in claim.arms for one in runs[arm]), default=0)
-    return f"{name}{images}, {steps:,} steps, {min(counts)} seed{'s' * (min(counts) != 1)}"
+    return f"{name}{images}, {steps:,} steps, {seeds} seed{'s' * (seeds != 1)}"

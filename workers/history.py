@@ -30,6 +30,11 @@ class History:
     step_seconds: float
     top1_error: float
 
+    @property
+    def seed(self) -> str:
+        """What the run's name ends in."""
+        return self.run.rpartition("-seed")[2]
+
 
 def read_history(run: str, *, goal: bool) -> History:
     """The history of a run, which is done at its `goal` already if it has one.

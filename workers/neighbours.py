@@ -112,7 +112,7 @@ def _title(network: Trained, dataset: Dataset, label: int) -> str:
 
 def _about(network: Trained, dataset: Dataset, split: str) -> dict[str, Any]:
     """What the features of an index depend on."""
-    shards = [[shard.name, list(shard.groups)] for shard in dataset.shards(split)]
+    shards = [[shard.state(), list(shard.groups)] for shard in dataset.shards(split)]
     return {"step": network.step, "data": dataset.root, "split": split, "shards": shards}
 
 
@@ -135,11 +135,17 @@ def _build(
     workers: int | None,
     progress: Progress,
 ) -> None:
-    """Writes the features of all rows, a file for each range of rows."""
+    """Writes the features of all rows, a file for each range of rows.
+
+    Raises UserError if the run cannot be written.
+    """
     fs, path = storage(index)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
-    fs.makedirs(path, exist_ok=True)
+    try:
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+        fs.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{index} cannot be written: {error.strerror or error}") from None
     here = only_here(dataset.root, index)
     gpus = usable_gpus(dataset, [network])
     work = Work(dataset, split, 1, on_error, (network,), None, here, gpus)

@@ -156,10 +156,13 @@ def settle() -> None:
     ray.get(get_or_create_autoscaling_coordinator().__ray_ready__.remote())
 
 
-def _awaited(group: PlacementGroup) -> bool:
-    """Whether the cluster makes room for a group: in a minute, or later if it is starting nodes."""
+def _awaited(group: PlacementGroup, check: Callable[[], object] = lambda: None) -> bool:
+    """Whether the cluster makes room for a group: in a minute, or later if it is starting nodes.
+    `check` is called meanwhile, and may raise.
+    """
     began = last = time.monotonic()
     while not group.wait(0.5):
+        check()
         now = time.monotonic()
         if _starting():
             last = now
@@ -168,11 +171,14 @@ def _awaited(group: PlacementGroup) -> bool:
     return True
 
 
-def reserve(placement: Placement, name: str = "") -> PlacementGroup:
+def reserve(
+    placement: Placement, name: str = "", check: Callable[[], object] = lambda: None
+) -> PlacementGroup:
     """A bundle for each tower, in the order of ranks, the towers of a pair together if they can be;
     in place of what this job had reserved by this `name` before, if it has one.
 
-    Raises UserError if the cluster does not make room for them and one augmenter.
+    Raises UserError if the cluster does not make room for them and one augmenter, and what `check`
+    raises, which is called while it waits.
     """
     bundles = [placement.tower] * placement.mesh.size
     away = [n["NodeID"] for n in ray.nodes() if n["Alive"] and AUGMENT in n["Resources"]]
@@ -180,10 +186,10 @@ def reserve(placement: Placement, name: str = "") -> PlacementGroup:
     free(name)
     group = placement_group(bundles, "PACK", name, bundle_label_selector=[selector] * len(bundles))
     try:
-        if not _awaited(group):
+        if not _awaited(group, check):
             raise _no_room(f"{placement.mesh.size} towers", placement.tower)
-        await_room("an augmenter", placement.augmenter)
-    except UserError:
+        await_room("an augmenter", placement.augmenter, check)
+    except BaseException:
         remove_placement_group(group)
         raise
     return group
@@ -198,15 +204,17 @@ def free(name: str) -> None:
             remove_placement_group(get_placement_group(name))
 
 
-def await_room(what: str, need: dict[str, float]) -> None:
+def await_room(
+    what: str, need: dict[str, float], check: Callable[[], object] = lambda: None
+) -> None:
     """Returns once some node has these resources free, for which Ray Data would wait for ever
-    without a word. Raises UserError if the cluster makes no room.
+    without a word. Raises UserError if the cluster makes no room, and what `check` raises.
     """
     if not any(need.values()):
         return
     group = placement_group([need])  # which is what an autoscaler starts a node for
     try:
-        if not _awaited(group):
+        if not _awaited(group, check):
             raise _no_room(what, need)
     finally:
         remove_placement_group(group)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -35,14 +37,14 @@ class RunFolder:
         self.config, self.url = config, config.run
         self.fs, self.path = storage(self.url)
         self.remote = "://" in self.url
-        exists = self.fs.exists(f"{self.path}/{CONFIG}")
+        exists, asked = self.fs.exists(f"{self.path}/{CONFIG}"), resume is not None
         if resume is None:
             resume = exists
         if exists and not resume:
             raise UserError(f"{config.run} already holds a run: --resume it, or name another")
         if resume and not exists:
             raise UserError(f"{config.run} holds no run to resume: {CONFIG} is not there")
-        self.resume = resume
+        self.resume, self.asked = resume, asked
         self._board: Any = None
 
     def create(self) -> None:
@@ -56,14 +58,25 @@ class RunFolder:
             if self.remote and self.resume:
                 for lines in self.fs.glob(f"{self.path}/*.jsonl"):  # none before a publishing
                     self.fs.get_file(lines, f"{self.local}/{lines.rpartition('/')[2]}")
-            local, text = LocalFileSystem(), self.config.to_toml()
-            write_whole(local, f"{self.local}/{CONFIG}", text.encode())
+            self._configure()
             self.publish()
+            if self.asked and self.fs.exists(f"{self.path}/{SCALE}"):
+                self.fs.rm_file(f"{self.path}/{SCALE}")  # the configuration has it, or better
         except OSError as error:
             raise UserError(f"{self.url} cannot be written: {error}") from None
         from tensorboard.summary import Writer
 
         self._board = Writer(f"{self.local}/tensorboard")
+
+    def _configure(self) -> None:
+        text = self.config.to_toml()
+        write_whole(LocalFileSystem(), f"{self.local}/{CONFIG}", text.encode())
+
+    def scaled(self, augmenters: str) -> None:
+        """Notes a fleet's other size, MIN:MAX, so that whoever resumes the run has it too."""
+        self.config = replace(self.config, augmenters=augmenters)
+        self._configure()
+        self.event("scale", augmenters=augmenters)
 
     def metrics(self, line: dict[str, Any]) -> None:
         """A line of metrics.jsonl, and its numbers for TensorBoard."""
@@ -119,6 +132,8 @@ class RunFolder:
         if self._board:
             self._board.close()
             self.publish()
+            if self.remote:
+                shutil.rmtree(self.local)
 
     def checkpoint(self, step: int) -> str:
         """The folder or URL of the checkpoint of a step."""
@@ -132,10 +147,9 @@ class RunFolder:
         """Removes all but the newest `keep` checkpoints and the best one."""
         for step in self.checkpoints()[:-keep]:
             if step != best:
-                self.fs.rm(self._inside(self.checkpoint(step)), recursive=True)
-
-    def _inside(self, url: str) -> str:
-        return self.path + url[len(self.url) :]
+                place = checkpoint_url(self.path, step)
+                self.fs.rm_file(f"{place}/{COMPLETE}")  # first: what is left may be half of it
+                self.fs.rm(place, recursive=True)
 
 
 def is_run(url: str) -> bool:

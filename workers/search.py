@@ -191,8 +191,10 @@ def _line(wanted: Search, trial: Trial) -> dict[str, Any]:
     settings = {name: _rounded(value) for name, value in trial.settings.items()}
     state = "failed"
     if not trial.failed:
-        epochs = wanted.config(settings, "memory://").epochs
-        state = "finished" if trial.report["epoch"] >= epochs else "ended early"
+        config = wanted.config(settings, "memory://")
+        done = trial.report["epoch"] >= config.epochs
+        done = done or (config.steps is not None and trial.report["step"] >= config.steps)
+        state = "finished" if done else "ended early"
     names = ("run", "epoch", "step", "loss", "top1_error", "top5_error", "train_error")
     report = {name: trial.report.get(name) for name in names}
     return {

@@ -17,12 +17,11 @@ from datasets import DataError
 from datasets.plan import Itinerary
 from datasets.shards import Dataset, open_dataset
 from datasets.statistics import Statistics
-from pipeline.network import Network
 from pipeline.tracing import Span
 from workers import cluster, placement
 from workers.cluster import connected
 from workers.config import Config, UserError
-from workers.data import check_classes, classes_of, drawn, keep, statistics_of
+from workers.data import check_classes, classes_of, drawn, keep, known_statistics, measured
 from workers.errors import RunFailed
 from workers.fleet import Fleet
 from workers.gauges import Gauges
@@ -70,7 +69,8 @@ def train(
             dataset = drawn(folder.url, progress)
         if config.images:
             dataset = dataset.first("train", config.images)
-        statistics = statistics_of(dataset, config, folder, where, progress)
+        statistics = known_statistics(config.image, dataset.root, folder.url)
+        statistics = statistics or measured(dataset, config, where.augmenter, progress)
         config = replace(config, towers=where.mesh.towers)
         job = _job(config, where, dataset, statistics, folder)
         fleet = Fleet(dataset, job.itinerary, config, where, statistics, pool)
@@ -145,7 +145,7 @@ class _Run:
         from workers.actors import Actors
 
         while True:
-            group = placement.reserve(self.job.placement, self.fleet.name)
+            group = placement.reserve(self.job.placement, self.fleet.name, self._check)
             try:
                 if not self.made:  # a run that found no room leaves no folder behind
                     self._start()  # nor does a configuration that does not fit change one
@@ -219,9 +219,8 @@ class _Run:
         steps = self.folder.checkpoints()
         total = itinerary.total_steps
         judged = not itinerary.held_out or any(e["step"] == total for e in self.evaluations)
-        if self.stopping and not (judged and steps and steps[-1] == total):
-            step = f"step {steps[-1]}, of which a checkpoint is kept" if steps else "the start"
-            raise RunFailed(f"stopped by {self.stopping} at {step}; --resume goes on from there")
+        if not (judged and steps and steps[-1] == total):
+            self._check()
         if not steps:
             raise RunFailed("the run ended without a checkpoint")
         last = steps[-1]
@@ -231,16 +230,47 @@ class _Run:
         return self._summary(last, sha)
 
     def _start(self) -> tuple[str | None, int]:
-        """The last checkpoint, if there is one, and the item to go on with.
+        """The last checkpoint, if there is one, and the item to go on with: read from its progress
+        without its tensors.
 
-        Raises UserError if it is of another network, or has more steps than the run is to have.
+        Raises UserError if it is not of this run's network and order of images, or has more steps
+        than the run is to have.
         """
-        kept = self.folder.checkpoints()
+        from pipeline import checkpoint
+
+        kept, itinerary = self.folder.checkpoints(), self.job.itinerary
         if not kept:
             return None, 0
-        network = self.job.config.build(self.job.classes)
         resume = self.folder.checkpoint(kept[-1])
-        return resume, _start(self.job.itinerary, network, resume)
+        try:
+            checkpoint.check(resume, self.job.config.build(self.job.classes))
+            progress = checkpoint.read_progress(resume)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        step, had = progress["step"], progress.get("order", {})
+        for name, value in itinerary.order.items():
+            if had.get(name, value) != value:
+                raise UserError(
+                    f"{resume} is of a run with {name} {had[name]}, not {value}: the images of its "
+                    "next batches would be others; a new run can start from its weights, by --init"
+                )
+        if step > itinerary.total_steps:
+            raise UserError(
+                f"{resume} has done {step} steps, and the run is to have "
+                f"{itinerary.total_steps}: more --epochs or --steps"
+            )
+        evaluated = any(e["step"] == step for e in progress["evaluations"])
+        return resume, itinerary.after(step, evaluated)
+
+    def _check(self) -> None:
+        """Raises RunFailed if a signal has ended the run."""
+        if not self.stopping:
+            return
+        if not self.made:
+            raise RunFailed(f"stopped by {self.stopping} before there was room for the run")
+        steps = self.folder.checkpoints()
+        step = f"step {steps[-1]}, of which a checkpoint is kept" if steps else "the start"
+        raise RunFailed(f"stopped by {self.stopping} at {step}; --resume goes on from there")
 
     def _heed(self, feed: Any) -> None:
         """Does what was asked for from outside: a signal, or `towers scale`."""
@@ -256,7 +286,7 @@ class _Run:
         if wanted and wanted != self.augmenters:
             self.augmenters = wanted
             ray.get(feed.scale.remote(wanted))
-            self.folder.event("scale", augmenters=wanted)
+            self.folder.scaled(wanted)
             self.progress.say(f"the fleet has {wanted} augmenters from here on")
         state = ray.get(feed.state.remote())
         if state["stalls"] > self.stalls:
@@ -337,21 +367,3 @@ def _terminated(run: _Run) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _start(itinerary: Itinerary, network: Network, resume: str) -> int:
-    """The item to go on with after a checkpoint: read from its progress without its tensors."""
-    from pipeline import checkpoint
-
-    try:
-        checkpoint.check(resume, network)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    progress = checkpoint.read_progress(resume)
-    if progress["step"] > itinerary.total_steps:
-        raise UserError(
-            f"{resume} has done {progress['step']} steps, and the run is to have "
-            f"{itinerary.total_steps}: more --epochs or --steps"
-        )
-    evaluated = any(e["step"] == progress["step"] for e in progress["evaluations"])
-    return itinerary.after(progress["step"], evaluated)

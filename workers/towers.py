@@ -124,6 +124,7 @@ class TowerActor:
         self.progress: dict[str, Any] = {"step": 0, "skipped": 0, "evaluations": []}
         if resume:
             self.progress = checkpoint.load(resume, self.tower, self.optimizer, self.mesh)
+        self.progress["order"] = self.job.itinerary.order
         slow = native.missing(device.type) if config.lrn else ""
         return {**self.progress, "slow": slow}
 
@@ -168,7 +169,7 @@ class TowerActor:
                 self.progress["step"] = item.step
                 totals += part
                 meter.images += part.images
-                meter.nodes[stream.node[:8]] += part.images
+                meter.nodes[stream.node[:8]] += images.count
                 if self.rank == 0 and (item.last or meter.due(item.step, config.log_every)):
                     yield {
                         "kind": "train",
@@ -192,7 +193,7 @@ class TowerActor:
                 yield from self._written()
             if self._due(item, itinerary):
                 yield from self._save()
-        if images is None and self.progress["step"] != self.saved:
+        if images is None:
             yield from self._save()
         yield from self._written()
         if config.profile:
@@ -216,8 +217,14 @@ class TowerActor:
         return Stream(feed, self.replica, start, stop, pixels=first, device=device)
 
     def _save(self) -> Iterator[dict[str, Any]]:
-        """Starts to write a checkpoint, once the one before is written."""
+        """Starts to write a checkpoint, once the one before is written.
+
+        One of the same step stays as it is, rather than be half-written for a while: a run that was
+        stopped before an evaluation made it, and would only evaluate again.
+        """
         yield from self._written()
+        if self.saved == self.progress["step"]:
+            return
         self.saved = self.progress["step"]
         path = checkpoint_url(self.job.folder, self.saved)
         self.writer.save(path, self.tower, self.optimizer, self.progress)
@@ -246,7 +253,7 @@ class _Meter:
 
     def __init__(self, peers: Sequence[Pair | Line], stream: Stream) -> None:
         self.peers, self.stream, self.images = peers, stream, 0
-        self.nodes: Counter[str] = Counter()  # images of this rank that each node made
+        self.nodes: Counter[str] = Counter()  # images of this replica that each node made
         self.start, self.stalled, self.exchanged = self._now()
 
     def _now(self) -> tuple[float, float, float]:
@@ -260,7 +267,7 @@ class _Meter:
 
     def read(self) -> dict[str, Any]:
         """images_per_second, the fractions of time waited for data and for other ranks, and the
-        nodes that made the images.
+        nodes that made this replica's images.
         """
         now, stalled, exchanged = self._now()
         seconds = now - self.start

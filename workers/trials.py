@@ -22,7 +22,7 @@ from datasets.layout import storage
 from datasets.shards import open_dataset
 from workers import placement
 from workers.config import Config, UserError
-from workers.data import check_classes, drawn, known_statistics, measured
+from workers.data import STATISTICS, check_classes, drawn, known_statistics, measured
 from workers.errors import RunFailed
 from workers.pool import Pool
 from workers.progress import Progress
@@ -172,7 +172,7 @@ def prepare_data(configs: Sequence[Config], folder: str, progress: Progress) -> 
             fs, path = storage(place)
             fs.makedirs(path, exist_ok=True)
             used = dataset.first("train", config.images) if config.images else dataset
-            measured(used, config, place, {"CPU": 1}, progress)
+            measured(used, config, {"CPU": 1}, progress).save(f"{place}/{STATISTICS}")
     return shards
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from workers.claims import ARMS, CLAIMS, REFUTED, SUPPORTED, UNSHOWN, WEAKER, judge
-from workers.claims_page import told
+from workers.claims_page import claims_page, told
 from workers.cli import main
 from workers.config import configure
 from workers.counts import COUNTS
+from workers.experiments import Scale, _Lab, _on, _trained_line
+from workers.history import History
+from workers.progress import Progress
 
 LRN, RELU = CLAIMS["lrn"], CLAIMS["relu"]
 
@@ -66,6 +70,33 @@ def test_the_interval_is_students() -> None:
     # Several networks averaged are one figure against those of each.
     alone = judge(CLAIMS["averaging"], [0.20], [0.30, 0.31, 0.32])
     assert alone.high - alone.figure == pytest.approx(4.30 * 0.01 * (1 + 1 / 3) ** 0.5)
+
+
+def test_runs_are_compared_by_their_seeds(tmp_path: Path) -> None:
+    lab = _Lab(f"{tmp_path}", Scale(), 3, None, Progress())
+
+    def told(arm: str, errors: dict[int, float]) -> list[History]:
+        runs = {seed: f"{tmp_path}/runs/{arm}-seed{seed}" for seed in errors}
+        return [
+            History(runs[seed], True, [(9, 0.5)], 9, None, math.nan, error)
+            for seed, error in errors.items()
+        ]
+
+    # Of one seed a run failed, and one seed's is of no use: the others differ by .01 each.
+    runs = {
+        "base": told("base", {0: 0.2, 2: 0.5, 3: 0.8}),
+        "no-lrn": told("no-lrn", {0: 0.21, 1: 0.9, 2: 0.51, 3: math.nan}),
+    }
+    finding, values = lab.measured(LRN, runs)
+    assert finding.figure == pytest.approx(0.01)
+    assert values == {"base": [0.2, 0.5, 0.8], "no-lrn": [0.21, 0.9, 0.51]}
+    assert _on(Scale(), LRN, runs, {}).endswith("9 steps, 3 seeds")
+    # Runs too short to tell how long a step takes.
+    half = CLAIMS["towers-time"]
+    finding, values = lab.measured(half, {arm: told(arm, {0: 0.5}) for arm in half.arms})
+    line = _trained_line(half, finding, values, "here")
+    assert (line["ours"], line["value"]) == ("-", None)
+    assert "half-column" not in claims_page({"claims": [line]}, {})
 
 
 def test_a_ratio_has_to_hold_the_papers_factor() -> None:

@@ -67,6 +67,17 @@ def test_describe_shows_who_sits_where(capsys: pytest.CaptureFixture[str]) -> No
     assert "conv3 to fc8" in out
 
 
+def test_json_comes_last_whatever_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.toml").touch()
+    assert main(["scale", f"{tmp_path}", "--augmenters", "2:3", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told == {"run": f"{tmp_path}", "augmenters": "2:3"}
+    assert main(["completion", "bash", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["shell"] == "bash"
+
+
 @pytest.fixture
 def parquet(tmp_path: Path) -> Path:
     """Files that hold no images, or none that can be trained on."""

@@ -18,7 +18,7 @@ import made
 import numpy as np
 import pytest
 
-from datasets.preparation import Options
+from datasets.kept import Options
 from datasets.rows import Rows
 from datasets.shards import open_dataset
 from workers.cli import main

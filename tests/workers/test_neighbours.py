@@ -14,6 +14,7 @@ from PIL import Image
 from datasets.augmentation import centre_crop
 from datasets.drawn import CLASSES, write_drawn
 from datasets.images import decode
+from datasets.layout import storage
 from datasets.rows import Rows
 from datasets.shards import open_dataset
 from workers import neighbours as module
@@ -96,5 +97,10 @@ def test_the_index_is_kept_until_checkpoint_or_rows_are_others(
     assert written() == first
     other = written(step=3)
     assert first != other != written(step=3, split="val")
+    fs, path = storage(near)
+    (shard,) = fs.glob(f"{path}/val*.parquet")
+    kept = written(step=3, split="val")
+    fs.pipe_file(shard, fs.cat_file(shard))  # as many rows, which may be others
+    assert written(step=3, split="val") != kept
     with pytest.raises(UserError, match="k is 0: at least 1"):
         neighbours(run, [image], k=0)

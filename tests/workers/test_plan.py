@@ -65,6 +65,7 @@ def test_time_and_cost_follow_from_the_rates(capsys: pytest.CaptureFixture[str])
         (["--images", "9", "--measure"], "--measure needs SHARDS"),
         (["--images", "9", "--tower-rate", "9"], "--tower-rate and --augmenter-rate are wanted"),
         (["--images", "0"], "images is 0: at least 1"),
+        (["--images", "9", "--classes", "-3"], "classes is -3: at least 2"),
         (["SHARDS", "--measure", "--tower-rate", "9"], "--measure has no effect where rates are"),
         (["nowhere"], "nowhere: no such file or folder"),
     ],

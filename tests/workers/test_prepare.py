@@ -25,8 +25,8 @@ from werkzeug.serving import make_server
 from datasets import DataError
 from datasets.drawn import draw
 from datasets.images import encode
+from datasets.kept import Options
 from datasets.layout import whole
-from datasets.preparation import Options
 from workers.cli import main
 from workers.prepare import prepare
 from workers.validate import validate

@@ -19,9 +19,10 @@ from workers.experiments import Scale, claims
 from workers.history import read_history
 from workers.progress import Progress
 from workers.run import CONFIG, EVENTS, read_lines
-from workers.search import Search, search
+from workers.search import Search, _line, search
 from workers.search_page import _table
 from workers.space import Domain
+from workers.trials import Trial
 
 pytestmark = pytest.mark.usefixtures("two_cores")
 SMALL = {"network": "cifar", "batch": 64, "epochs": 2, "images": 100}
@@ -141,6 +142,22 @@ def test_the_page_has_trials_that_failed_before_and_after_a_report(found: dict[s
     rows = _table([{**failed, "top1_error": None}, failed, line], space)
     assert rows.count("no room") == 2
     assert rows.index("25.00%") < rows.index("no room")
+
+
+@pytest.mark.parametrize(
+    ("fixed", "epoch", "step", "state"),
+    [
+        ({"epochs": 9}, 9, 900, "finished"),
+        ({"epochs": 9}, 8, 800, "ended early"),
+        ({"epochs": 9, "steps": 150}, 2, 150, "finished"),
+        ({"epochs": 9, "steps": 150}, 1, 100, "ended early"),
+    ],
+)
+def test_a_trial_is_finished_at_its_last_epoch_or_step(
+    fixed: dict[str, Any], epoch: int, step: int, state: str
+) -> None:
+    trial = Trial("a", {"rate": 0.1}, {"epoch": epoch, "step": step}, "")
+    assert _line(Search(fixed, {}), trial)["state"] == state
 
 
 def test_a_folder_that_holds_a_search_is_left_alone(

@@ -103,6 +103,27 @@ def test_a_run_that_died_before_it_published_a_line_goes_on() -> None:
     again.close()
 
 
+def test_what_is_left_of_a_removed_checkpoint_is_none() -> None:
+    folder = RunFolder(
+        configure({"network": "alexnet-mini", "run": "memory://pruned"}), resume=None
+    )
+    for step in (1, 2):
+        for name in ("__0_0.distcp", ".metadata"):
+            folder.fs.pipe_file(f"/pruned/checkpoints/step-0000000{step}/{name}", b"x")
+
+    def ended(path: str, recursive: bool) -> None:
+        assert f"{path}/__0_0.distcp" in folder.fs.find(path)
+        raise KeyboardInterrupt
+
+    folder.fs.rm, whole = ended, folder.fs.rm
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            folder.prune(1, None)
+        assert folder.checkpoints() == [2]
+    finally:
+        folder.fs.rm = whole
+
+
 class Outages(Progress):
     """Ends a store's server after a step for some seconds, and after a later one for good."""
 

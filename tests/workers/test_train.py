@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from PIL import Image
 from datasets import DataError
 from datasets.drawn import draw
 from datasets.images import encode
-from datasets.shards import write_manifest, write_split
+from datasets.shards import open_dataset, write_manifest, write_split
 from pipeline.checkpoint import load_weights
 from workers.cli import main
 from workers.config import UserError, configure
 from workers.errors import RunFailed
 from workers.progress import Progress
-from workers.run import checkpoints
+from workers.run import RunFolder, checkpoints, read_scale
 from workers.supervisor import train
 from workers.weights import export, import_
 
@@ -153,7 +154,28 @@ def test_a_checkpoint_of_another_network_is_refused(
         run(tmp_path / "run", shards, network="cifar", image=72, resume=True)
     with pytest.raises(UserError, match=r"has done \d+ steps, and the run is to have 1: more"):
         run(tmp_path / "run", shards, steps=1, resume=True)
+    for given, message in (
+        ({"batch": 32}, "batch 64, not 32"),
+        ({"seed": 1}, "seed 0, not 1"),
+        ({"images": 10}, r"training images \d+, not \d+"),
+    ):
+        with pytest.raises(UserError, match=rf"step-00000006 is of a run with {message}: the im"):
+            run(tmp_path / "run", shards, resume=True, **given)
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_checkpoint_is_not_written_over(shards: str, tmp_path: Path) -> None:
+    """One made before an evaluation stays whole while and after that is made."""
+    data = open_dataset(shards)
+    shutil.copytree(shards, tmp_path / "train")
+    write_manifest(f"{tmp_path}/train", {"train": data.shards("train")}, data.classes)
+    kept = tmp_path / "run/checkpoints/step-00000003"
+    run(tmp_path / "run", f"{tmp_path}/train", epochs=1)
+    before = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
+    result = run(tmp_path / "run", shards, epochs=1, resume=True)
+    assert result["top1_error"] is not None
+    assert [m["step"] for m in lines(tmp_path / "run", "metrics.jsonl") if m["split"] == "val"]
+    assert {path: path.stat().st_mtime_ns for path in kept.iterdir()} == before
 
 
 class Killer(Progress):
@@ -256,7 +278,7 @@ def test_a_fleet_is_scaled_without_touching_the_towers(
 ) -> None:
     monkeypatch.setattr("workers.supervisor.LOOK_SECONDS", 0.1)
     given = {"epochs": 20, "steps": 30, "log_every": 1, "augmenters": "1:1"}
-    scaler = Scaler(tmp_path / "run", {4: "2:2", 14: "1:1"})
+    scaler = Scaler(tmp_path / "run", {4: "2:2", 14: "1:2"})
     result = run(tmp_path / "run", shards, scaler, **given)
     assert not scaler.when
     assert (result["restarts"], result["steps"]) == (0, 30)
@@ -264,7 +286,14 @@ def test_a_fleet_is_scaled_without_touching_the_towers(
     scales = [
         e["augmenters"] for e in lines(tmp_path / "run", "events.jsonl") if e["event"] == "scale"
     ]
-    assert scales == ["2:2", "1:1"]
+    assert scales == ["2:2", "1:2"]
+    # Whoever resumes it has that fleet, or another one if they say so.
+    config = configure({}, f"{tmp_path}/run/config.toml")
+    assert config.augmenters == "1:2"
+    folder = RunFolder(config, resume=True)
+    folder.create()
+    folder.close()
+    assert read_scale(f"{tmp_path}/run") == ""
 
 
 class Terminator(Killer):
@@ -330,6 +359,10 @@ def test_a_full_cluster_is_said_not_waited_for(
     try:
         with pytest.raises(UserError, match="the cluster has no room for 2 towers with 1 CPU each"):
             run(tmp_path / "run", shards)
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(RunFailed, match="stopped by SIGTERM before there was room"):
+            run(tmp_path / "run", shards)
+        assert not (tmp_path / "run").exists()
         ray.util.remove_placement_group(other)
         assert run(tmp_path / "run", shards, steps=1)["steps"] == 1
     finally:

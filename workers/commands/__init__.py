@@ -111,10 +111,11 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(args: argparse.Namespace, text: str, result: dict[str, Any]) -> int:
-    """Prints a result as text, and as JSON if that was asked for; returns 0."""
+    """Prints a result as text, if there is any, and as JSON if that was asked for; returns 0."""
     from workers.progress import styled
 
-    print(styled(text, sys.stdout))
+    if text:
+        print(styled(text, sys.stdout))
     if getattr(args, "json", False):
         print(json.dumps(result))
     return 0

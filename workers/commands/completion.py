@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from workers.commands import command
+from workers.commands import command, show
 
 BASH = """_towers() {{
     local cur=${{COMP_WORDS[COMP_CWORD]}} words=
@@ -39,8 +39,9 @@ def _completion(args: argparse.Namespace) -> int:
     from workers.cli import parser
 
     script = bash(parser())
-    print(ZSH + script if args.shell == "zsh" else script, end="")
-    return 0
+    script = ZSH + script if args.shell == "zsh" else script
+    print(script, end="")
+    return show(args, "", {"shell": args.shell, "script": script})
 
 
 def bash(parser: argparse.ArgumentParser) -> str:

@@ -79,7 +79,8 @@ def _submit(args: argparse.Namespace) -> int:
         size = jobs.package_size(".") / 2**20
         job = jobs.submit(client, ".", shlex.join(["towers", *args.arguments]))
         print(f"{job}: a package of {size:.2f} MiB; `towers logs {job}` shows it", file=sys.stderr)
-        return jobs.follow(client, job)
+        code = jobs.follow(client, job)
+    return show(args, "", {"job": job, "exit_code": code}) or code
 
 
 def _jobs(args: argparse.Namespace) -> int:
@@ -97,11 +98,13 @@ def _logs(args: argparse.Namespace) -> int:
     from workers import jobs
 
     with _client(args) as client:
-        jobs.known(client, args.job)
+        state, code = jobs.known(client, args.job).status, 0
         if getattr(args, "follow", False):
-            return jobs.follow(client, args.job)
-        print(client.get_job_logs(args.job), end="")
-    return 0
+            code = jobs.follow(client, args.job)
+            state = jobs.known(client, args.job).status
+        else:
+            print(client.get_job_logs(args.job), end="")
+    return show(args, "", {"job": args.job, "state": str(state)}) or code
 
 
 def _stop(args: argparse.Namespace) -> int:
@@ -110,5 +113,5 @@ def _stop(args: argparse.Namespace) -> int:
     with _client(args) as client:
         jobs.known(client, args.job)
         stopping = client.stop_job(args.job)
-    print(f"{args.job}: {'told to stop' if stopping else 'had ended already'}")
-    return 0
+    text = f"{args.job}: {'told to stop' if stopping else 'had ended already'}"
+    return show(args, text, {"job": args.job, "stopping": stopping})

@@ -45,6 +45,9 @@ def _plan(args: argparse.Namespace) -> int:
         least = 0 if name in PRICES else 1e-9
         if not known.get(name, 1) >= least:
             raise UserError(f"{name} is {known[name]}: more than 0")
+    for name, least in (("images", 1), ("classes", 2)):
+        if known.get(name, least) < least:
+            raise UserError(f"{name} is {known[name]}: at least {least}")
     if said and "measure" in known:
         raise UserError("--measure has no effect where rates are given")
     if len(said) == 1:

@@ -86,9 +86,10 @@ def _scale(args: argparse.Namespace) -> int:
     from workers.run import write_scale
 
     augmenters = configure({"augmenters": args.augmenters, "run": NOWHERE}).augmenters
-    write_scale(locate(args.run), augmenters)
-    print(f"{args.run}: {augmenters} augmenters, as soon as the run looks")
-    return 0
+    run = locate(args.run)
+    write_scale(run, augmenters)
+    text = f"{args.run}: {augmenters} augmenters, as soon as the run looks"
+    return show(args, text, {"run": run, "augmenters": augmenters})
 
 
 def _describe(args: argparse.Namespace) -> int:
