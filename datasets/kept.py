@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from datasets import DataError
 from datasets.fetch import Entry, entries_of
-from datasets.layout import Dataset, parquet, persistent, storage, write_whole
+from datasets.layout import Dataset, parquet, persistent, storage, writable, write_whole
 from datasets.shards import WORK, read_manifest
 from datasets.statistics import Sums
 
@@ -110,7 +110,7 @@ def keep(plan: Preparation, tables: dict[str, Any], before: dict[str, Any] | Non
         fs.makedirs(f"{root}/{WORK}", exist_ok=True)
         for split, table in tables.items():
             path = f"{root}/{WORK}/{split}.parquet"
-            with fs.open(path, "wb") as file, pq.ParquetWriter(file, table.schema) as writer:
+            with writable(fs, path) as file, pq.ParquetWriter(file, table.schema) as writer:
                 for number in range(plan.shards[split]):
                     start, stop = plan.bounds(split, number)
                     writer.write_table(table.slice(start, stop - start), stop - start)

@@ -206,7 +206,7 @@ def whole(fs: Any, path: str, folder: str) -> Iterator[Any]:
         return
     partial = f"{folder}/{uuid.uuid4().hex}.partial"
     try:
-        with _writable(fs, partial) as file:
+        with writable(fs, partial) as file:
             yield file
         fs.mv(partial, path)
     except BaseException:
@@ -215,7 +215,8 @@ def whole(fs: Any, path: str, folder: str) -> Iterator[Any]:
         raise
 
 
-def _writable(fs: Any, path: str) -> Any:
+def writable(fs: Any, path: str) -> Any:
+    """A new file of `fs` to write to. Raises OSError where it cannot be, as on a web server."""
     try:
         return fs.open(path, "wb")
     except NotImplementedError:

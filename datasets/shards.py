@@ -27,6 +27,7 @@ from datasets.layout import (
     parquet,
     persistent,
     storage,
+    writable,
     write_whole,
 )
 from datasets.rows import Record, Rows
@@ -107,7 +108,7 @@ def write_split(
         for first in groups:
             partial = f"{root}/.{split}-{uuid.uuid4().hex}.partial"
             partials.append((partial, ()))
-            with fs.open(partial, "wb") as file:
+            with writable(fs, partial) as file:
                 sizes = tuple(write_shard(file, classes, chain([first], groups), shard_bytes))
             partials[-1] = (partial, sizes)
     except BaseException:

@@ -146,6 +146,7 @@ def _build(
         fs.makedirs(path, exist_ok=True)
     except OSError as error:
         raise UserError(f"{index} cannot be written: {error.strerror or error}") from None
+    check_output(f"{index}/{ABOUT}")
     here = only_here(dataset.root, index)
     gpus = usable_gpus(dataset, [network])
     work = Work(dataset, split, 1, on_error, (network,), None, here, gpus)

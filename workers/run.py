@@ -44,7 +44,8 @@ class RunFolder:
             raise UserError(f"{config.run} already holds a run: --resume it, or name another")
         if resume and not exists:
             raise UserError(f"{config.run} holds no run to resume: {CONFIG} is not there")
-        self.resume, self.asked = resume, asked
+        self.asked = asked
+        self.local = "" if self.remote else self.path  # where files are written
         self._board: Any = None
 
     def create(self) -> None:
@@ -54,23 +55,26 @@ class RunFolder:
         """
         try:
             self.fs.makedirs(self.path, exist_ok=True)
-            self.local = tempfile.mkdtemp(prefix="towers-run-") if self.remote else self.path
-            if self.remote and self.resume:
+            if self.remote:
+                self.local = tempfile.mkdtemp(prefix="towers-run-")
                 for lines in self.fs.glob(f"{self.path}/*.jsonl"):  # none before a publishing
                     self.fs.get_file(lines, f"{self.local}/{lines.rpartition('/')[2]}")
             self._configure()
-            self.publish()
             if self.asked and self.fs.exists(f"{self.path}/{SCALE}"):
                 self.fs.rm_file(f"{self.path}/{SCALE}")  # the configuration has it, or better
         except OSError as error:
+            self._clear()
             raise UserError(f"{self.url} cannot be written: {error}") from None
         from tensorboard.summary import Writer
 
         self._board = Writer(f"{self.local}/tensorboard")
 
     def _configure(self) -> None:
-        text = self.config.to_toml()
-        write_whole(LocalFileSystem(), f"{self.local}/{CONFIG}", text.encode())
+        """Writes the configuration, at a URL there too: it is what makes a folder a run."""
+        text = self.config.to_toml().encode()
+        write_whole(LocalFileSystem(), f"{self.local}/{CONFIG}", text)
+        if self.remote:
+            write_whole(self.fs, f"{self.path}/{CONFIG}", text)
 
     def scaled(self, augmenters: str) -> None:
         """Notes a fleet's other size, MIN:MAX, so that whoever resumes the run has it too."""
@@ -132,8 +136,12 @@ class RunFolder:
         if self._board:
             self._board.close()
             self.publish()
-            if self.remote:
-                shutil.rmtree(self.local)
+            self._clear()
+
+    def _clear(self) -> None:
+        """Removes this machine's copy of a run at a URL."""
+        if self.remote and self.local:
+            shutil.rmtree(self.local, ignore_errors=True)
 
     def checkpoint(self, step: int) -> str:
         """The folder or URL of the checkpoint of a step."""
@@ -183,11 +191,14 @@ def checkpoint_url(run: str, step: int) -> str:
 
 
 def write_scale(run: str, augmenters: str) -> None:
-    """Asks a run for a fleet of another size. Raises UserError if there is no such run."""
+    """Asks a run for a fleet of another size. Raises UserError if there is none to be asked."""
     if not is_run(run):
         raise UserError(f"{run}: no run there")
     fs, path = storage(run)
-    write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
+    try:
+        write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
+    except OSError as error:
+        raise UserError(f"{run} cannot be written: {error.strerror or error}") from None
 
 
 def read_scale(run: str) -> str:

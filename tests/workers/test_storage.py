@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import tempfile
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -71,7 +72,10 @@ def bucket(server: ThreadedMotoServer) -> Iterator[str]:
     fsspec.filesystem("s3").clear_instance_cache()
 
 
-def test_shards_and_run_on_an_object_store(bucket: str, shards: str) -> None:
+def test_shards_and_run_on_an_object_store(
+    bucket: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     fs = fsspec.filesystem("s3")
     fs.put(f"{shards}/", "bucket/shards", recursive=True)
     given = {"network": "alexnet-mini", "batch": 64, "epochs": 2, "augmenters": "1:1", "keep": 1}
@@ -88,6 +92,7 @@ def test_shards_and_run_on_an_object_store(bucket: str, shards: str) -> None:
     # The same, resumed where it had ended.
     again = train(config, resume=True)
     assert again["weights_sha256"] == result["weights_sha256"]
+    assert not list(tmp_path.iterdir())  # what it had put there for a while
 
 
 def test_a_run_that_died_before_it_published_a_line_goes_on() -> None:
