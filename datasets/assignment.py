@@ -44,22 +44,24 @@ def labels_of(
         told = dict(zip(places, labels, strict=True))
         return [told[i] for i in range(len(names))], given
     if labels is not None:
-        found = [labels.get(plain_path(name)) or labels.get(stem(name)) for name in names]
-        for name, one in zip(names, found, strict=True):
-            if not one:
-                raise DataError(
-                    f"{name}: the list of labels has no such path, nor one label for its name alone"
-                )
-        told_splits = [one[1] for one in found if one]
-        return [one[0] for one in found if one], [
-            told or own for told, own in zip(told_splits, given, strict=True)
-        ]
+        found = [_told(labels, name) for name in names]
+        splits = [split or own for (_, split), own in zip(found, given, strict=True)]
+        return [label for label, _ in found], splits
     known: list[str | None] = entries["label"].to_pylist()
     if source.kind in ("files", "tar", "zip") and None in known:
         pairs = by_folder(names)
         splits = [pair[1] or own for pair, own in zip(pairs, given, strict=True)]
         return [pair[0] for pair in pairs], splits
     return known, given
+
+
+def _told(labels: Mapping[str, tuple[str, str]], name: str) -> tuple[str, str]:
+    found = labels.get(plain_path(name)) or labels.get(stem(name))
+    if not found:
+        raise DataError(
+            f"{name}: the list of labels has no such path, nor one label for its name alone"
+        )
+    return found
 
 
 def classes_of(
