@@ -38,23 +38,39 @@ class Member(NamedTuple):
 def tar_members(
     file: Any, place: str, start: int = 0, length: int | None = None
 ) -> Iterator[Member]:
-    """The regular files of the tar that lies at `start` in `file`, `length` bytes long; under
-    their other names, where links are such, at the end.
+    """The regular files of the tar that lies at `start` in `file`, `length` bytes long, and links
+    to such as what they lead to.
 
     Reads headers and skips contents. Raises DataError, naming `place` and the byte, for a damaged
     or truncated archive, which Python's own reader would take for its end.
     """
-    links: dict[str, list[str]] = {}
-    for member, linked in _entries(file, place, start, length):
-        if linked:
-            links.setdefault(linked, []).append(member.name)
-        else:
+    linked: dict[str, Member] | None = None
+    for member, target in _entries(file, place, start, length):
+        if not target:
             yield member
-    if links:  # again, as all names of a large archive would fill the memory
-        for member, linked in _entries(file, place, start, length):
-            if not linked:
-                names = links.get(posixpath.normpath(member.name), ())
-                yield from (member._replace(name=name) for name in names)
+            continue
+        if linked is None:
+            linked = _linked(file, place, start, length)
+        if found := linked.get(posixpath.normpath(member.name)):
+            yield found._replace(name=member.name)
+
+
+def _linked(file: Any, place: str, start: int, length: int | None) -> dict[str, Member]:
+    """The files that a tar's links lead to, by the links' names. It is read twice for that, as the
+    names of all members would fill the memory.
+    """
+    links = {posixpath.normpath(m.name): to for m, to in _entries(file, place, start, length) if to}
+    ends = {}
+    for name in links:
+        end, left = name, len(links)
+        while end in links and left:
+            end, left = links[end], left - 1
+        ends[name] = end
+    wanted, files = set(ends.values()), {}
+    for member, target in _entries(file, place, start, length):
+        if not target and posixpath.normpath(member.name) in wanted:
+            files[posixpath.normpath(member.name)] = member
+    return {name: files[end] for name, end in ends.items() if end in files}
 
 
 def _entries(file: Any, place: str, start: int, length: int | None) -> Iterator[tuple[Member, str]]:

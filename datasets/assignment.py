@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,10 @@ def labels_of(
         told = dict(zip(places, labels, strict=True))
         return [told[i] for i in range(len(names))], given
     if labels is not None:
-        found = [_told(labels, name) for name in names]
+        counts = Counter(map(stem, names))
+        found = [_told(labels, name, counts[stem(name)] == 1) for name in names]
+        if source.dataset and any(split for _, split in found):
+            raise DataError(f"{source.url}: Parquet has its own splits; leave the column out")
         splits = [split or own for (_, split), own in zip(found, given, strict=True)]
         return [label for label, _ in found], splits
     known: list[str | None] = entries["label"].to_pylist()
@@ -55,8 +59,11 @@ def labels_of(
     return known, given
 
 
-def _told(labels: Mapping[str, tuple[str, str]], name: str) -> tuple[str, str]:
-    found = labels.get(plain_path(name)) or labels.get(stem(name))
+def _told(labels: Mapping[str, tuple[str, str]], name: str, only: bool) -> tuple[str, str]:
+    """What `read_labels` has for an image, the only one with its name, or one of several."""
+    short = stem(name)
+    found = labels.get(plain_path(name)) or labels.get(short)
+    found = found or (labels.get(f"*/{short}") if only else None)
     if not found:
         raise DataError(
             f"{name}: the list of labels has no such path, nor one label for its name alone"

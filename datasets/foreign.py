@@ -6,6 +6,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -27,6 +28,8 @@ SPLITS = {
 }
 """Names of splits as others call them, and as we do."""
 
+MOST_CLASSES = 100_000  # by numbers in few rows; beyond, they are no classes' but something else's
+
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "picture", "photo")
 LABELS = ("label", "labels", "fine_label", "cls", "class", "target", "y")
 
@@ -47,8 +50,7 @@ def split_files(root: str, paths: list[str]) -> dict[str, list[str]]:
         numbered = re.match(r"(\w+)-\d+", name)
         splits[known or (numbered[1] if numbered else "train")].append(path)
         if known:
-            above = [folder for folder in folders if folder.lower() not in SPLITS]
-            sets[known].add("/".join(above))
+            sets[known].add("/".join(takewhile(lambda f: f.lower() not in SPLITS, folders)))
     for split, several in sets.items():
         if len(several) > 1:
             names = ", ".join(sorted(name or "its top" for name in several))
@@ -115,7 +117,7 @@ def numbered_classes(shards: list[Shard], label: str) -> tuple[str, ...]:
         greatest = max(greatest, -1 if found is None else found)
     if greatest < 0:
         raise DataError(f"{shards[0].path}: {label!r} holds no label of 0 or more; add labels")
-    if greatest >= 10 * rows + 100:
+    if greatest >= max(MOST_CLASSES, 10 * rows):
         raise DataError(
             f"{shards[0].path}: {label!r} is up to {greatest} in {rows} rows, no classes' number; "
             "number those from 0"

@@ -175,7 +175,7 @@ def _to_rgb(image: Image.Image, kind: str | None) -> Image.Image:
     clear = "transparency" in image.info
     if image.mode == "RGB" and not clear:
         return image
-    if image.mode == "F" or (image.mode == "I" and kind != "PPM"):
+    if image.mode == "F" or (image.mode == "I" and kind not in ("PPM", "PNG")):
         raise ValueError("32 bits a pixel")
     if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it, not scale it
         scaled = np.asarray(image).astype(np.float64) / 257

@@ -107,6 +107,8 @@ def keep(plan: Preparation, tables: dict[str, Any], before: dict[str, Any] | Non
                 f"{plan.url}: an unfinished preparation of something else lies there; finish it, "
                 f"or remove {plan.url.rstrip('/')}/{WORK}"
             )
+        if fs.exists(f"{root}/{WORK}"):  # of which nothing says whose it is
+            fs.rm(f"{root}/{WORK}", recursive=True)
         fs.makedirs(f"{root}/{WORK}", exist_ok=True)
         for split, table in tables.items():
             path = f"{root}/{WORK}/{split}.parquet"
@@ -123,10 +125,11 @@ def complete(plan: Preparation) -> bool:
     """Whether the data set at `plan.url` already is what this plan makes; what a run that was
     killed at its end left beside it goes.
     """
-    if not _is_of(plan, (read_manifest(plan.url) or {}).get("prepared", {})):
+    made = (read_manifest(plan.url) or {}).get("prepared", {})
+    if not _is_of(plan, made):
         return False
     fs, root = storage(plan.url)
-    if fs.exists(f"{root}/{WORK}"):
+    if _begun(fs, f"{root}/{WORK}/plan.json") in made.values():
         fs.rm(f"{root}/{WORK}", recursive=True)
     return True
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 import fsspec
@@ -154,26 +155,39 @@ def inside(fs: Any, path: str) -> list[dict[str, Any]]:
 
 def files_below(fs: Any, root: str) -> dict[str, int | None]:
     """The files below a folder, by name, with their sizes, None where a store knows none. Links
-    lead on.
+    on a disk lead on, but not round, and not nowhere.
 
-    Raises DataError for a folder on a disk that may not be read.
+    Raises DataError for what may not be read there.
     """
-    if not isinstance(fs, LocalFileSystem):
-        found = fs.find(root, detail=True)
-        return {name: found[name]["size"] for name in sorted(found)}
+    if isinstance(fs, LocalFileSystem):
+        parents = PurePath(os.path.realpath(root)).parents
+        return dict(sorted(_walk(root, tuple(map(str, parents)))))
+    found = fs.find(root, detail=True)
+    return {name: found[name]["size"] for name in sorted(found)}
 
-    def fail(error: OSError) -> None:
-        raise _unreadable(error.filename, error) from error
 
-    sizes: dict[str, int | None] = {}
-    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        here = f"{os.path.realpath(folder)}/"
-        folders[:] = [f for f in folders if not here.startswith(f"{os.path.realpath(here + f)}/")]
-        for name in names:
-            path = f"{folder}/{name}"
-            with suppress(FileNotFoundError):  # a link that leads nowhere
-                sizes[path] = os.stat(path).st_size
-    return dict(sorted(sizes.items()))
+def _walk(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as found:
+            entries = list(found)
+    except PermissionError as error:
+        raise _unreadable(folder, error) from error
+    for entry in entries:
+        try:
+            size = -1 if entry.is_dir() else entry.stat().st_size
+        except PermissionError as error:
+            raise _unreadable(entry.path, error) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            continue
+        if size < 0:
+            yield from _walk(entry.path, (*above, real))
+        else:
+            yield entry.path, size
 
 
 def address(fs: Any, path: str) -> str:

@@ -79,8 +79,9 @@ def list_columns(names: Sequence[str]) -> dict[str, int]:
 
 def read_labels(url: str, synsets: Sequence[str]) -> dict[str, tuple[str, str]] | list[str]:
     """Labels of images that stand in no class folder, with their splits ("" for none): by the
-    image's path, and by its name alone without ending where that tells one label; or, if the file
-    has numbers alone, labels in the order of the images' names.
+    image's path, and by its name alone without ending where that tells one label (after */ if the
+    file has it in folders); or, if the file has numbers alone, labels in the order of the images'
+    names.
 
     Such numbers, as in ILSVRC's ground truth, count `synsets` from 1. Raises DataError, naming the
     line or path.
@@ -98,14 +99,18 @@ def read_labels(url: str, synsets: Sequence[str]) -> dict[str, tuple[str, str]] 
             numbers.append(synsets[int(number) - 1])
         return numbers
     told: dict[str, tuple[str, str]] = {}
-    short: dict[str, tuple[str, str] | None] = {}
+    agreed: dict[str, tuple[str, str] | None] = {}
+    bare: set[str] = set()
     for path, *rest in read_list(url):
         path, found = plain_path(path), (rest[0], rest[1])
         if told.setdefault(path, found) != found:
             raise DataError(f"{url}: {path} is {told[path][0]!r} and {found[0]!r}; remove a line")
         name = stem(path)
-        short[name] = found if short.get(name, found) == found else None
-    return {name: found for name, found in short.items() if found} | told
+        agreed[name] = found if agreed.get(name, found) == found else None
+        if "/" not in path:
+            bare.add(name)
+    short = {name if name in bare else f"*/{name}": one for name, one in agreed.items() if one}
+    return short | told
 
 
 def plain_path(path: str) -> str:

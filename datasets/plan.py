@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,16 +164,17 @@ class Itinerary:
         return self.after(self.total_steps, True)
 
     @property
-    def order(self) -> dict[str, int]:
+    def order(self) -> dict[str, int | str]:
         """All that decides which training rows are in which batch: a step is the same position in
         the data only where these are the same.
         """
         groups = self.train_groups
+        digest = blake2b(groups.astype("<i8").tobytes(), digest_size=4).hexdigest()
         return {
             "seed": self.seed,
             "batch": self.batch,
             "training images": int(groups.sum()),
-            "row groups": len(groups),
+            "row groups": f"{len(groups)} ({digest})",
         }
 
     def after(self, step: int, evaluated: bool) -> int:

@@ -54,6 +54,7 @@ def plain(schema: Any) -> Any:
 
 
 _PLAIN = plain(ENTRIES)
+HEAD = 64  # members of a tar that tell what it is
 Found = tuple[str, Member, str | None]  # the file that it lies in, and its label if that is known
 
 
@@ -179,12 +180,8 @@ def _archives(url: str, fs: Any, paths: Sequence[str]) -> Source:
     if not paths:
         raise DataError(f"{url}: no tars of such a name")
     first = address(fs, paths[0])
-    head = []
     with opened(first, **HEADERS) as file:
-        for member in tar_members(file, first):
-            head.append(member)
-            if len(head) == 64:
-                break
+        head = list(islice(tar_members(file, first), HEAD))
         if head and head[0].name.endswith(".tar"):
             return Source(url, "tar", tuple(_inner(first, file)))
     splits = [_split_of(path) for path in paths]
@@ -193,8 +190,7 @@ def _archives(url: str, fs: Any, paths: Sequence[str]) -> Source:
         return Source(url, "webdataset", tuple(files))
     if len(paths) == 1:
         return Source(url, "tar", (Part(first),))
-    folders = any(set(member.name.split("/")[:-1]) - {"", "."} for member in head)
-    if all(_split_of(_last(path)) for path in paths) or (folders and _numbered(paths)):
+    if all(_split_of(_last(path)) for path in paths) or _in_pieces(fs, paths, head):
         parts = (Part(address(fs, p), split=s) for p, s in zip(paths, splits, strict=True))
         return Source(url, "tar", tuple(parts))
     # ILSVRC's outer tar, unpacked: a tar for each class.
@@ -206,9 +202,18 @@ def _archives(url: str, fs: Any, paths: Sequence[str]) -> Source:
     return Source(url, "tar", tuple(parts))
 
 
-def _numbered(paths: Sequence[str]) -> bool:
-    """Whether these are one thing in numbered pieces."""
-    return len({_stem(path).rstrip("0123456789") for path in paths}) == 1
+def _in_pieces(fs: Any, paths: Sequence[str], head: Sequence[Member]) -> bool:
+    """Whether these are class folders in numbered pieces, such as photos-07.tar, and not classes:
+    by their names, and by the folders that the first and the last of them begin with.
+    """
+    if len({_stem(path).rstrip("0123456789") for path in paths}) > 1:
+        return False
+    if _stem(paths[0]).rstrip("0123456789")[-1:] not in ("-", "_", "."):
+        return False
+    last = address(fs, paths[-1])
+    with opened(last, **HEADERS) as file:
+        both = [*head, *islice(tar_members(file, last), HEAD)]
+    return len({member.name.rpartition("/")[0] for member in both}) > 1
 
 
 def _inner(outer: str, file: Any) -> Iterator[Part]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import threading
 import time
 import warnings
@@ -148,6 +149,7 @@ def load(path: str, tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> di
 
 def read_progress(path: str) -> dict[str, Any]:
     """The progress that a checkpoint holds, without its tensors. Raises Damaged."""
+    _metadata(path)  # which says better than loading what is wrong with it
     state = {"progress": ""}
     _load(path, state)
     progress: dict[str, Any] = json.loads(state["progress"])
@@ -209,19 +211,26 @@ def _load(path: str, state: dict[str, Any], *, alone: bool = True) -> None:
 
 @contextmanager
 def _named(path: str) -> Iterator[None]:
-    """Whatever a damaged file makes its readers raise as Damaged."""
+    """What a damaged file makes its readers raise as Damaged; the rest, such as of stores and of
+    other ranks, as it is.
+    """
     try:
         yield
     except BaseException as error:
-        causes = [cause for cause, _ in getattr(error, "failures", {}).values()]  # of several ranks
-        if not (causes or isinstance(error, Exception)):
-            raise
-        cause = (causes or [error])[0]
-        said = " ".join(str(cause).split())[:150] or "no message"
-        raise Damaged(
-            f"{path} cannot be read ({type(cause).__name__}: {said}); without it, the one before "
-            "is the last"
-        ) from None
+        failures = getattr(error, "failures", {})  # of the ranks, in reading
+        cause = next((cause for cause, _ in failures.values()), error)
+        if isinstance(cause, (*_OF_DAMAGE, *([RuntimeError] if failures else []))):
+            said = " ".join(str(cause).split())[:150] or "no message"
+            raise Damaged(
+                f"{path} is damaged ({type(cause).__name__}: {said}); an earlier one may be whole"
+            ) from None
+        raise cause from None
+
+
+_OF_DAMAGE = (
+    *(EOFError, FileNotFoundError, ImportError, pickle.UnpicklingError),
+    *(AttributeError, LookupError, TypeError, ValueError),
+)
 
 
 def _tensors(

@@ -138,7 +138,8 @@ def follow(client: JobSubmissionClient, job: str, out: TextIO | None = None) -> 
             info = known(client, job)
             lost = None
             if info.status.is_terminal():
-                write(client.get_job_logs(job), 0)
+                log = client.get_job_logs(job)
+                write(log if log.endswith("\n") or not log else f"{log}\n", 0)
                 return _code(info)
             asyncio.run(tail())
         except (*DROPPED, RuntimeError):

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from datasets import DataError
 from datasets.layout import storage, write_whole
 from pipeline.mesh import Mesh
 from pipeline.tracing import Span, chrome
-from workers.config import Config, UserError
+from workers.config import Config, UserError, read
 from workers.timeline import picture
 
 COMPLETE = ".metadata"  # `torch.distributed.checkpoint` writes it last
@@ -37,7 +38,7 @@ class RunFolder:
         self.config, self.url = config, config.run
         self.fs, self.path = storage(self.url)
         self.remote = "://" in self.url
-        exists, asked = self.fs.exists(f"{self.path}/{CONFIG}"), resume is not None
+        exists, asked = self.fs.exists(f"{self.path}/{CONFIG}"), bool(resume)
         if resume is None:
             resume = exists
         if exists and not resume:
@@ -53,15 +54,18 @@ class RunFolder:
 
         Raises UserError if it cannot be written.
         """
+        augmenters = self.config.augmenters
         try:
             self.fs.makedirs(self.path, exist_ok=True)
             if self.remote:
                 self.local = tempfile.mkdtemp(prefix="towers-run-")
                 for lines in self.fs.glob(f"{self.path}/*.jsonl"):  # none before a publishing
                     self.fs.get_file(lines, f"{self.local}/{lines.rpartition('/')[2]}")
+            # What was asked of the run holds on, unless whoever resumes it says otherwise.
+            if self.asked and read(f"{self.url}/{CONFIG}").get("augmenters") != augmenters:
+                with suppress(FileNotFoundError):
+                    self.fs.rm_file(f"{self.path}/{SCALE}")
             self._configure()
-            if self.asked and self.fs.exists(f"{self.path}/{SCALE}"):
-                self.fs.rm_file(f"{self.path}/{SCALE}")  # the configuration has it, or better
         except OSError as error:
             self._clear()
             raise UserError(f"{self.url} cannot be written: {error}") from None
@@ -152,11 +156,15 @@ class RunFolder:
         return checkpoints(self.url)
 
     def prune(self, keep: int, best: int | None) -> None:
-        """Removes all but the newest `keep` checkpoints and the best one."""
-        for step in self.checkpoints()[:-keep]:
-            if step != best:
-                place = checkpoint_url(self.path, step)
-                self.fs.rm_file(f"{place}/{COMPLETE}")  # first: what is left may be half of it
+        """Removes all but the newest `keep` checkpoints and the best one, and what is left of one
+        whose removal broke off.
+        """
+        kept = self.checkpoints()[-keep:]
+        for place in self.fs.glob(f"{self.path}/checkpoints/step-*"):
+            step = _step(place)
+            if step not in (*kept, best) and step < kept[-1]:
+                with suppress(FileNotFoundError):  # first: what is left may be half of it
+                    self.fs.rm_file(f"{place}/{COMPLETE}")
                 self.fs.rm(place, recursive=True)
 
 
@@ -227,4 +235,8 @@ def checkpoints(run: str) -> list[int]:
     fs, path = storage(run)
     fs.invalidate_cache()
     found = fs.glob(f"{path}/checkpoints/step-*/{COMPLETE}")
-    return sorted(int(name.split("/")[-2].removeprefix("step-")) for name in found)
+    return sorted(_step(name.rpartition("/")[0]) for name in found)
+
+
+def _step(folder: str) -> int:
+    return int(folder.rstrip("/").rpartition("step-")[2])

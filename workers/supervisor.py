@@ -199,6 +199,7 @@ class _Run:
         mesh, itinerary = self.job.placement.mesh, self.job.itinerary
         feed, towers = actors.feed, actors.towers
         self.augmenters, self.stalls = self.job.config.augmenters, 0  # as this feed has them
+        self.stopped = False
         opened = feed.open.remote(start)  # the fleet starts while the towers build their weights
         address = ray.get(towers[0].address.remote())
         joined = ray.get([tower.join.remote(address, resume) for tower in towers])

@@ -277,6 +277,8 @@ def test_numbers_that_are_no_classes(tmp_path: Path) -> None:
     parquet(tmp_path / "train-0.parquet", image=[b"x"], label=[3_000_000_000])
     with pytest.raises(DataError, match=r"'label' is up to 3000000000 in 1 rows, no classes'"):
         open_dataset(str(tmp_path))
+    parquet(tmp_path / "train-0.parquet", image=[b"x"], label=[999])
+    assert len(open_dataset(str(tmp_path)).classes) == 1000
 
 
 def test_a_row_group_in_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ import pytest
 from made import plan, prepare, rows
 
 from datasets import DataError
-from datasets.kept import Options
+from datasets.kept import Options, complete, finished
 from datasets.listing import read_labels, read_list, read_words
+from datasets.preparation import make_shard
 from datasets.shards import open_dataset
 
 WHOLE = Options(size=16, holdout=0, keep=True)
@@ -49,6 +50,9 @@ def test_labels_of_images_that_share_a_name_are_told_apart_by_their_paths(tmp_pa
     )
     given.write_text("0.jpg,cat\n1.jpg,cat\n")
     prepare(source, tmp_path / "alike", WHOLE, labels=read_labels(str(given), []))
+    given.write_text("a/0.jpg,cat\na/1.jpg,cat\nb/0.jpg,cat\n")
+    with pytest.raises(DataError, match=r"b/1.jpg: the list of labels has no such path, nor one"):
+        prepare(source, tmp_path / "few", WHOLE, labels=read_labels(str(given), []))
     given.write_text("x/0.jpg,cat\nx/1.jpg,cat\ny/0.jpg,dog\n")
     with pytest.raises(DataError, match=r"/0.jpg: the list of labels has no such path, nor one la"):
         prepare(source, tmp_path / "none", WHOLE, labels=read_labels(str(given), []))
@@ -73,6 +77,12 @@ def test_tars_of_class_folders_are_splits(inner: str, tmp_path: Path) -> None:
         tarred(tmp_path / f"classes/{name}.tar", place)
     classed = prepare(f"{tmp_path}/classes", tmp_path / "classed", WHOLE)
     assert (classed["classes"], classed["rows"]) == (["cat", "dog"], {"train": 2, "val": 1})
+    for name in ("class-0", "class-1"):
+        tarred(tmp_path / f"named/{name}.tar", "images/1.jpg", "images/2.jpg")
+    assert prepare(f"{tmp_path}/named", tmp_path / "n", WHOLE)["classes"] == ["class-0", "class-1"]
+    for name in ("0", "1"):
+        tarred(tmp_path / f"numbers/{name}.tar", "x/1.jpg", "y/2.jpg")
+    assert prepare(f"{tmp_path}/numbers", tmp_path / "m", WHOLE)["classes"] == ["0", "1"]
     tarred(tmp_path / "flat/train.tar", "1.jpg")
     tarred(tmp_path / "flat/test.tar", "2.jpg")
     with pytest.raises(DataError, match=r"\d.jpg: in no class folder"):
@@ -112,6 +122,9 @@ def test_links_on_a_disk_lead_on(tmp_path: Path) -> None:
     (source / "a/more").symlink_to(tmp_path / "elsewhere/deep")
     (source / "a/round").symlink_to(source)
     (source / "a/nowhere.jpg").symlink_to(tmp_path / "gone")
+    (source / "a/itself.jpg").symlink_to("itself.jpg")
+    (source / "a/through.jpg").symlink_to("0.jpg/x.jpg")
+    (source / "a/more/back").symlink_to(source / "a")
     manifest = prepare(str(source), tmp_path / "shards", WHOLE)
     assert (manifest["classes"], manifest["rows"]) == (["a", "b"], {"train": 3})
     tarred(tmp_path / "elsewhere/c.tar", "3.jpg")
@@ -144,8 +157,11 @@ def test_links_in_a_tar_are_images(kind: bytes, tmp_path: Path) -> None:
             link.type = kind
             link.linkname = target if kind == tarfile.LNKTYPE else target.replace("top", "..")
             tar.addfile(link)
+        chain = tarfile.TarInfo("top/b/4.jpg")
+        chain.type, chain.linkname = tarfile.SYMTYPE, "2.jpg"
+        tar.addfile(chain)
     prepare(f"{tmp_path}/x.tar", tmp_path / "shards", WHOLE)
-    want = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    want = [("a", 0), ("a", 1), ("b", 0), ("b", 0), ("b", 1)]
     assert sorted(rows(tmp_path / "shards", "train")) == sorted(
         (label, made.encoded(n)) for label, n in want
     )
@@ -172,6 +188,21 @@ def test_a_photograph_is_told_from_its_mask_and_a_label_from_none(tmp_path: Path
     assert sorted(rows(tmp_path / "shards", "train")) == [
         ("cat", made.encoded(0)),
         ("dog", made.encoded(1)),
+    ]
+
+
+def test_a_link_stands_beside_its_label(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        made.add(tar, "0.jpg", made.encoded(0))
+        made.add(tar, "0.cls", b"cat")
+        link = tarfile.TarInfo("1.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "0.jpg"
+        tar.addfile(link)
+        made.add(tar, "1.cls", b"dog")
+    prepare(f"{tmp_path}/x.tar", tmp_path / "shards", WHOLE)
+    assert sorted(rows(tmp_path / "shards", "train")) == [
+        ("cat", made.encoded(0)),
+        ("dog", made.encoded(0)),
     ]
 
 
@@ -216,12 +247,26 @@ def test_unfinished_plans_and_finished_ones_stand_in_nobodys_way(tmp_path: Path)
     note = tmp_path / "shards/.prepare/plan.json"
     note.write_text("")  # as a kill may leave it
     prepare(source, tmp_path / "shards")
+    # Of something else, and nothing says so any more.
+    other = made.make("zip", tmp_path / "other", 30)
+    begun = plan(source, tmp_path / "both")
+    for split, number in (("train", 0), ("val", 0)):
+        list(make_shard(begun, split, number))
+    (tmp_path / "both/.prepare/plan.json").write_text("")
+    assert prepare(other, tmp_path / "both") == prepare(other, tmp_path / "fresh")
+    assert rows(tmp_path / "both", "train") == rows(tmp_path / "fresh", "train")
     # Killed between the manifest and the removal.
     note.parent.mkdir()
     note.write_text(json.dumps({"digest": prepared.digest}))
     manifest = prepare(source, tmp_path / "shards", split="test")
     assert list(manifest["rows"]) == ["train", "val", "test"]
     assert not note.parent.exists()
+    # What another split has begun is not in the way of one that is complete, and stays.
+    prepare(source, tmp_path / "two", split="train")
+    added = plan(source, tmp_path / "two", split="val")
+    list(make_shard(added, "val", 0))
+    assert complete(plan(source, tmp_path / "two", split="train"))
+    assert finished(added, "val", 0)
 
 
 def test_several_data_sets_below_one_folder_are_not_mixed(tmp_path: Path) -> None:
@@ -233,3 +278,15 @@ def test_several_data_sets_below_one_folder_are_not_mixed(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"several data sets have a train split \(full, small\)"):
         open_dataset(f"{tmp_path}/hub")
     assert open_dataset(f"{tmp_path}/hub/full").rows("train") == made.IMAGES
+    for name in ("0", "1"):
+        (tmp_path / f"chunks/train/{name}").mkdir(parents=True)
+        pq.write_table(data, tmp_path / f"chunks/train/{name}/a.parquet")
+    assert open_dataset(f"{tmp_path}/chunks").rows("train") == 2 * made.IMAGES
+
+
+def test_rows_of_parquet_keep_their_splits(tmp_path: Path) -> None:
+    source = made.make("parquet", tmp_path / "source")
+    lines = [f"data.parquet row {n},cat,{'train' if n else 'val'}" for n in range(made.IMAGES)]
+    (tmp_path / "x.csv").write_text("\n".join(["file,label,split", *lines]))
+    with pytest.raises(DataError, match="Parquet has its own splits; leave the column out"):
+        plan(source, tmp_path / "shards", labels=read_labels(f"{tmp_path}/x.csv", []))

@@ -223,10 +223,27 @@ def test_a_damaged_checkpoint_is_named(name: str, tmp_path: Path) -> None:
     file = tmp_path / "c" / name
     file.write_bytes(file.read_bytes()[:100])
     for read in (checkpoint.load_weights, checkpoint.read_progress):
-        with pytest.raises(checkpoint.Damaged, match=r"/c cannot be read \(\w+: .*the one before"):
+        with pytest.raises(checkpoint.Damaged, match=r"/c is damaged \(\w+: .*an earlier one"):
             read(f"{tmp_path}/c")
-    with pytest.raises(checkpoint.Damaged, match="/c cannot be read"):
+    with pytest.raises(checkpoint.Damaged, match="/c is damaged"):
         checkpoint.load(f"{tmp_path}/c", trainer.tower, trainer.optimizer, None)
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no store"), MemoryError(), RuntimeError("Connection closed by peer")]
+)
+def test_what_is_no_damage_is_not_called_so(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(NETWORK, dtype=torch.float32)
+    checkpoint.save(f"{tmp_path}/c", trainer.tower, trainer.optimizer, PROGRESS, None)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.distributed.checkpoint.FileSystemReader, "read_metadata", fail)
+    with pytest.raises(type(error)):
+        checkpoint.load_weights(f"{tmp_path}/c")
 
 
 def test_a_full_disk_is_said_by_the_writer(tmp_path: Path) -> None:

@@ -185,6 +185,12 @@ class Way:
             target.shutdown(socket.SHUT_WR)
 
 
+def last(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The object that --json prints."""
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def test_towers_submit_sends_follows_and_returns_the_code(
     dashboard: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -204,16 +210,21 @@ def test_towers_submit_sends_follows_and_returns_the_code(
     assert "a package of 0.00 MiB" in sent  # without the run
     job = sent.split(":")[0]
 
-    mistake = towers(known, tmp_path, "submit", "--", "describe", "--network", "lenet")
+    mistake = towers(known, tmp_path, "submit", "--json", "--", "describe", "--network", "lenet")
     assert mistake.returncode == 2
     assert "network is 'lenet': one of" in mistake.stdout
+    assert last(mistake) == {"job": mistake.stderr.split(":")[0], "exit_code": 2}
 
     listed = towers(known, tmp_path, "jobs").stdout
     assert job in listed
     assert "SUCCEEDED" in listed
     assert "FAILED" in listed
-    assert "conv1" in towers(known, tmp_path, "logs", job).stdout
-    assert "had ended already" in towers(known, tmp_path, "stop", job).stdout
+    log = towers(known, tmp_path, "logs", job, "--json")
+    assert "conv1" in log.stdout
+    assert last(log) == {"job": job, "state": "SUCCEEDED"}
+    stopped = towers(known, tmp_path, "stop", job, "--json")
+    assert "had ended already" in stopped.stdout
+    assert last(stopped) == {"job": job, "stopping": False}
 
 
 def test_a_log_goes_on_where_a_connection_dropped(
@@ -226,7 +237,7 @@ lines = {lines}
 print(*lines[:25], sep="\\n", flush=True)
 for name, part in (("cut", lines[25:40]), ("again", lines[40:])):
     while not pathlib.Path({str(tmp_path)!r}, name).exists(): time.sleep(0.1)
-    print(*part, sep="\\n", flush=True)
+    print(*part, sep="\\n", end="\\n" if name == "cut" else "", flush=True)
 """
     (tmp_path / "program.py").write_text(program)
     way = Way(int(dashboard.rsplit(":", 1)[1]))

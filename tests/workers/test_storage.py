@@ -10,6 +10,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from datasets.shards import write_manifest, write_split
 from pipeline.checkpoint import read_progress
 from workers.config import configure
 from workers.progress import Progress
-from workers.run import RunFolder, checkpoints
+from workers.run import RunFolder, checkpoints, read_scale, write_scale
 from workers.supervisor import train
 from workers.trained import open_trained
 
@@ -108,6 +109,23 @@ def test_a_run_that_died_before_it_published_a_line_goes_on() -> None:
     again.close()
 
 
+def test_a_fleet_that_was_asked_for_holds_until_another_is() -> None:
+    config = configure({"network": "alexnet-mini", "run": "memory://asked/run"})
+    folder = RunFolder(config, resume=False)
+    folder.create()
+    folder.close()
+    write_scale(config.run, "2:3")  # while it does not run
+    for given, left in ((config, "2:3"), (replace(config, augmenters="4:5"), "")):
+        folder = RunFolder(given, resume=True)
+        folder.create()
+        folder.close()
+        assert read_scale(config.run) == left
+    folder = RunFolder(given, resume=True)
+    folder.create()
+    folder.scaled("6:7")  # and is killed
+    assert configure({}, f"{config.run}/config.toml").augmenters == "6:7"
+
+
 def test_what_is_left_of_a_removed_checkpoint_is_none() -> None:
     folder = RunFolder(
         configure({"network": "alexnet-mini", "run": "memory://pruned"}), resume=None
@@ -127,6 +145,8 @@ def test_what_is_left_of_a_removed_checkpoint_is_none() -> None:
         assert folder.checkpoints() == [2]
     finally:
         folder.fs.rm = whole
+    folder.prune(1, None)
+    assert folder.fs.glob("/pruned/checkpoints/*") == ["/pruned/checkpoints/step-00000002"]
 
 
 class Outages(Progress):

@@ -103,7 +103,8 @@ def _logs(args: argparse.Namespace) -> int:
             code = jobs.follow(client, args.job)
             state = jobs.known(client, args.job).status
         else:
-            print(client.get_job_logs(args.job), end="")
+            log = client.get_job_logs(args.job)
+            print(log, end="" if log.endswith("\n") or not log else "\n")
     return show(args, "", {"job": args.job, "state": str(state)}) or code
 
 
