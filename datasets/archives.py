@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from datasets import DataError
-from datasets.layout import said
+from datasets.storage import said
 
 HEADERS: dict[str, Any] = {"cache_type": "readahead", "block_size": 1 << 16}
 """How far an archive is read ahead: about to the next header, not through the images."""

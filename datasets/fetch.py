@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datasets.images import MAX_BYTES
-from datasets.layout import Dataset, passing, persistent, said, storage
+from datasets.layout import Dataset
 from datasets.rows import Rows
+from datasets.storage import passing, persistent, said, storage
 
 _BATCH_BYTES = 32 << 20
 _BATCH = 64

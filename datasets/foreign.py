@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from datasets import DataError
-from datasets.layout import Shard, parquet
+from datasets.layout import Shard
+from datasets.storage import parquet
 
 T = TypeVar("T")
 

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 
 from datasets import DataError
 from datasets.fetch import Entry, entries_of
-from datasets.layout import Dataset, parquet, persistent, storage, writable, write_whole
+from datasets.layout import Dataset
 from datasets.shards import WORK, read_manifest
 from datasets.statistics import Sums
+from datasets.storage import parquet, persistent, storage, writable, write_whole
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import DataError
 from datasets.foreign import LABELS, SPLITS
-from datasets.layout import opened
+from datasets.storage import opened
 
 PATHS = ("path", "file", "filename", "file_name", "filepath", "image_path", "image", "img", "name")
 CATEGORIES = (*LABELS, "category", "class_name", "label_name", "synset", "wnid")

@@ -22,10 +22,11 @@ from datasets.fetch import entries_of, fetch
 from datasets.foreign import in_order
 from datasets.images import decode, standard
 from datasets.kept import Made, Options, Preparation, finished, keep, kept_entries, save_made
-from datasets.layout import Shard, storage, whole
+from datasets.layout import Shard
 from datasets.shards import WORK, Encoded, read_manifest, row_groups, write_manifest, write_shard
 from datasets.sources import Source, plain
 from datasets.statistics import Sums
+from datasets.storage import storage, whole
 
 SHARD_BYTES = 256 << 20
 GROUP_BYTES = 2 << 20  # of images in a row group: what the stream reads at once

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from datasets import DataError
 from datasets.cache import GroupCache
-from datasets.layout import Dataset, parquet, persistent
+from datasets.layout import Dataset
+from datasets.storage import parquet, persistent
 
 AT_ONCE = 16
 """Row groups that are fetched at a time from a store far away."""

@@ -19,18 +19,9 @@ import pyarrow.parquet as pq
 
 from datasets import DataError
 from datasets.foreign import columns, numbered_classes, split_files
-from datasets.layout import (
-    Dataset,
-    Shard,
-    address,
-    existing,
-    parquet,
-    persistent,
-    storage,
-    writable,
-    write_whole,
-)
+from datasets.layout import Dataset, Shard
 from datasets.rows import Record, Rows
+from datasets.storage import address, existing, parquet, persistent, storage, writable, write_whole
 
 __all__ = [
     "Dataset",

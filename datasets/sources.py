@@ -13,8 +13,10 @@ from datasets import DataError
 from datasets.archives import HEADERS, Member, tar_members, zip_members
 from datasets.foreign import SPLITS
 from datasets.images import is_image
-from datasets.layout import (
-    Dataset,
+from datasets.layout import Dataset
+from datasets.listing import list_columns, read_list
+from datasets.shards import open_dataset
+from datasets.storage import (
     address,
     existing,
     files_below,
@@ -24,8 +26,6 @@ from datasets.layout import (
     persistent,
     storage,
 )
-from datasets.listing import list_columns, read_list
-from datasets.shards import open_dataset
 from datasets.webdataset import holds_samples, samples
 
 Kind = Literal["files", "list", "tar", "webdataset", "zip", "parquet"]

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from datasets import DataError
 from datasets.images import Pixels, decode
-from datasets.layout import Dataset, storage, write_whole
+from datasets.layout import Dataset
 from datasets.rows import Rows
+from datasets.storage import storage, write_whole
 
 Scale = Literal["eigenvalues", "deviations"]
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from datasets import DataError
 from datasets.images import decode
-from datasets.layout import Dataset, passing, persistent, storage
+from datasets.layout import Dataset
 from datasets.rows import Rows
 from datasets.shards import MANIFEST, check_groups, read_shard
 from datasets.statistics import Statistics, Sums
+from datasets.storage import passing, persistent, storage
 
 NEAR = 4.0  # grey levels that statistics may be off: they are taken before JPEG rounds
 

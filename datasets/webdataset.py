@@ -8,7 +8,7 @@ from itertools import groupby
 
 from datasets.archives import HEADERS, Member, tar_members
 from datasets.images import is_image
-from datasets.layout import opened
+from datasets.storage import opened
 
 _LABELS = ("cls", "json")  # endings of the labels
 _MAX_LABEL = 1 << 20  # bytes

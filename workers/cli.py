@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        from datasets.layout import passing
+        from datasets.storage import passing
 
         if not passing(error):
             raise

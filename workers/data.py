@@ -11,9 +11,10 @@ from typing import Any
 
 from datasets import DataError
 from datasets.drawn import write_drawn
-from datasets.layout import Dataset, storage, write_whole
+from datasets.layout import Dataset
 from datasets.shards import open_dataset, read_manifest
 from datasets.statistics import Statistics
+from datasets.storage import storage, write_whole
 from workers.config import Config
 from workers.measure import measure
 from workers.progress import Progress

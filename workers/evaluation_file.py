@@ -15,8 +15,8 @@ from PIL import Image
 from datasets import DataError
 from datasets.augmentation import evaluation_views
 from datasets.images import decode, encode, fit
-from datasets.layout import storage, write_whole
 from datasets.rows import Rows
+from datasets.storage import storage, write_whole
 from pipeline.evaluation import Verdicts, best
 from workers.progress import Progress
 from workers.sweep import Work

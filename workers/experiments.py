@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from datasets.layout import storage, write_whole
 from datasets.shards import open_dataset
+from datasets.storage import storage, write_whole
 from workers.claims import ARMS, CLAIMS, Arm, Claim, Finding, judge
 from workers.claims_page import claims_page, markdown, told
 from workers.cluster import connected

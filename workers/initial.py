@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from datasets.layout import opened, storage
+from datasets.storage import opened, storage
 from pipeline import checkpoint
 from pipeline.network import Network
 from pipeline.optimizer import SGD

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from datasets.augmentation import Augmentation, Loader, evaluation_views
 from datasets.images import Pixels, decode
-from datasets.layout import Dataset, storage, write_whole
+from datasets.layout import Dataset
 from datasets.rows import Rows
 from datasets.shards import open_dataset
+from datasets.storage import storage, write_whole
 from workers.cluster import connected
 from workers.config import UserError
 from workers.data import training_data

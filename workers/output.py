@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from datasets.layout import storage, whole, write_whole
+from datasets.storage import storage, whole, write_whole
 from workers.config import UserError
 
 

@@ -12,7 +12,7 @@ import torch
 from datasets import DataError
 from datasets.augmentation import evaluation_views
 from datasets.images import MAX_BYTES, Pixels, decode, is_image
-from datasets.layout import address, files_below, opened, persistent, storage
+from datasets.storage import address, files_below, opened, persistent, storage
 from pipeline.evaluation import best
 from workers.config import UserError
 from workers.sweep import Views, checked_views

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from datasets.kept import Options, Preparation, complete, finished
-from datasets.layout import storage
 from datasets.listing import read_labels, read_words
 from datasets.preparation import finish, lay_out, make_shard
 from datasets.shards import read_manifest
 from datasets.sources import Source, find_source, scan
+from datasets.storage import storage
 from workers.cluster import connected
 from workers.progress import Progress
 from workers.spread import only_here, spread

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from datasets.layout import storage
+from datasets.storage import storage
 from pipeline import checkpoint
 from workers.charts import Axis, Curve, Point, chart, colour
 from workers.config import UserError

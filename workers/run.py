@@ -15,7 +15,7 @@ import ray
 from fsspec.implementations.local import LocalFileSystem
 
 from datasets import DataError
-from datasets.layout import storage, write_whole
+from datasets.storage import storage, write_whole
 from pipeline.mesh import Mesh
 from pipeline.tracing import Span, chrome
 from workers.config import Config, UserError, read

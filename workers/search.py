@@ -13,8 +13,8 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
-from datasets.layout import storage, write_whole
 from datasets.shards import open_dataset
+from datasets.storage import storage, write_whole
 from workers.cluster import connected
 from workers.config import Config, UserError, configure
 from workers.confirm import confirm

@@ -12,7 +12,7 @@ from typing import Any
 from ray import tune
 
 from datasets import DataError
-from datasets.layout import storage
+from datasets.storage import storage
 from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import STATISTICS, known_statistics

@@ -18,8 +18,8 @@ from typing import Any
 from ray import tune
 from ray.tune.search import Searcher
 
-from datasets.layout import storage
 from datasets.shards import open_dataset
+from datasets.storage import storage
 from workers import placement
 from workers.config import Config, UserError
 from workers.data import STATISTICS, check_classes, drawn, known_statistics, measured

@@ -51,6 +51,6 @@ def test_a_list_names_images_on_several_stores(server: str, tmp_path: Path) -> N
 
 
 def test_a_server_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.layout.PAUSE", 0.0)
+    monkeypatch.setattr("datasets.storage.PAUSE", 0.0)
     with pytest.raises(DataError, match=r"^http://127\.0\.0\.1:9/x\.tar: the store failed, again"):
         find_source("http://127.0.0.1:9/x.tar")

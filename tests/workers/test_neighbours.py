@@ -14,9 +14,9 @@ from PIL import Image
 from datasets.augmentation import centre_crop
 from datasets.drawn import CLASSES, write_drawn
 from datasets.images import decode
-from datasets.layout import storage
 from datasets.rows import Rows
 from datasets.shards import open_dataset
+from datasets.storage import storage
 from workers import neighbours as module
 from workers.cli import main
 from workers.config import UserError

@@ -26,7 +26,7 @@ from datasets import DataError
 from datasets.drawn import draw
 from datasets.images import encode
 from datasets.kept import Options
-from datasets.layout import whole
+from datasets.storage import whole
 from workers.cli import main
 from workers.prepare import prepare
 from workers.validate import validate
