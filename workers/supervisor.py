@@ -20,7 +20,7 @@ from datasets.statistics import Statistics
 from pipeline.tracing import Span
 from workers import cluster, placement
 from workers.cluster import connected
-from workers.config import Config, UserError
+from workers.config import Config
 from workers.data import check_classes, classes_of, drawn, keep, known_statistics, measured
 from workers.errors import RunFailed
 from workers.fleet import Fleet
@@ -28,6 +28,7 @@ from workers.gauges import Gauges
 from workers.initial import read_initial
 from workers.placement import Placement
 from workers.pool import Pool
+from workers.position import position
 from workers.progress import Progress
 from workers.run import RunFolder
 
@@ -148,7 +149,7 @@ class _Run:
             group = placement.reserve(self.job.placement, self.fleet.name, self._check)
             try:
                 if not self.made:  # a run that found no room leaves no folder behind
-                    self._start()  # nor does a configuration that does not fit change one
+                    position(self.folder, self.job)  # nor is one changed that does not fit
                     self.folder.create()
                     self.begin()
                     del self.begin  # and the weights that it may hold
@@ -195,7 +196,7 @@ class _Run:
 
     def _attempt(self, actors: Actors) -> dict[str, Any]:
         """Trains from the last checkpoint to the end."""
-        resume, start = self._start()
+        resume, start = position(self.folder, self.job)
         mesh, itinerary = self.job.placement.mesh, self.job.itinerary
         feed, towers = actors.feed, actors.towers
         self.augmenters, self.stalls = self.job.config.augmenters, 0  # as this feed has them
@@ -229,39 +230,6 @@ class _Run:
         if self.traces:
             self.folder.profile(self.traces, mesh)
         return self._summary(last, sha)
-
-    def _start(self) -> tuple[str | None, int]:
-        """The last checkpoint, if there is one, and the item to go on with: read from its progress
-        without its tensors.
-
-        Raises UserError if it is not of this run's network and order of images, or has more steps
-        than the run is to have.
-        """
-        from pipeline import checkpoint
-
-        kept, itinerary = self.folder.checkpoints(), self.job.itinerary
-        if not kept:
-            return None, 0
-        resume = self.folder.checkpoint(kept[-1])
-        try:
-            checkpoint.check(resume, self.job.config.build(self.job.classes))
-            progress = checkpoint.read_progress(resume)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        step, had = progress["step"], progress.get("order", {})
-        for name, value in itinerary.order.items():
-            if had.get(name, value) != value:
-                raise UserError(
-                    f"{resume} is of a run with {name} {had[name]}, not {value}: the images of its "
-                    "next batches would be others; a new run can start from its weights, by --init"
-                )
-        if step > itinerary.total_steps:
-            raise UserError(
-                f"{resume} has done {step} steps, and the run is to have "
-                f"{itinerary.total_steps}: more --epochs or --steps"
-            )
-        evaluated = any(e["step"] == step for e in progress["evaluations"])
-        return resume, itinerary.after(step, evaluated)
 
     def _check(self) -> None:
         """Raises RunFailed if a signal has ended the run."""
