@@ -1,4 +1,4 @@
-"""Products of bfloat16 without instructions for them: exact ones, rounded once."""
+"""Products of bfloat16 where its instructions are slow or lacking: exact ones, rounded once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(*shape: int) -> Tensor:
 
 @pytest.fixture
 def lacking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "lacks_bfloat16", lambda: True)
+    monkeypatch.setattr(products, "slow_bfloat16", lambda: True)
 
 
 def full(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -93,18 +93,23 @@ def test_others_are_left_as_they_are(dtype: torch.dtype, lacking: None) -> None:
     assert products.wide(x) is x
 
 
-def test_the_processor_is_asked() -> None:
-    lacks = products.lacks_bfloat16()
-    assert (products.wide(draw(1)).dtype == torch.float32) is lacks
+def test_the_processor_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (products.wide(draw(1)).dtype == torch.float32) is products.slow_bfloat16()
+    asked = products.slow_bfloat16.__wrapped__
+    monkeypatch.setattr(products, "lacks_bfloat16", lambda: True)
+    assert asked()
+    monkeypatch.setattr(products, "lacks_bfloat16", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert not asked()
 
 
-def crossed(lacks: bool) -> list[Tensor]:
+def crossed(slow: bool) -> list[Tensor]:
     """Outputs and gradients of two crossing layers of bfloat16 in this tower, and of float64 of the
     same factors.
     """
     from test_crossing import cross
 
-    own, products.lacks_bfloat16 = products.lacks_bfloat16, lambda: lacks
+    own, products.slow_bfloat16 = products.slow_bfloat16, lambda: slow
     try:
         torch.manual_seed(0)
         found: list[Tensor] = []
@@ -115,7 +120,7 @@ def crossed(lacks: bool) -> list[Tensor]:
             shapes = [(2, 4, 6, 6), (6, 4, 3, 3), (6,), (2, 6, 6, 6)]
             found += cross(*(torch.randn(s).to(HALF).to(dtype) for s in shapes), (1, 1), True)
     finally:
-        products.lacks_bfloat16 = own
+        products.slow_bfloat16 = own
     return found
 
 
