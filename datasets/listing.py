@@ -101,10 +101,10 @@ def read_labels(url: str, synsets: Sequence[str]) -> dict[str, tuple[str, str]] 
     told: dict[str, tuple[str, str]] = {}
     agreed: dict[str, tuple[str, str] | None] = {}
     bare: set[str] = set()
-    for path, *rest in read_list(url):
-        path, found = plain_path(path), (rest[0], rest[1])
+    for given, label, split in read_list(url):
+        path, found = plain_path(given), (label, split)
         if told.setdefault(path, found) != found:
-            raise DataError(f"{url}: {path} is {told[path][0]!r} and {found[0]!r}; remove a line")
+            raise DataError(f"{url}: {path} is {told[path][0]!r} and {label!r}; remove a line")
         name = stem(path)
         agreed[name] = found if agreed.get(name, found) == found else None
         if "/" not in path:
@@ -138,8 +138,7 @@ def by_folder(names: Sequence[str]) -> list[tuple[str, str]]:
     folders = _without_common(folders)
     splits = [""] * len(names)
     # Not of classes that are called so: below one of them there are others.
-    split = all(f and f[0].lower() in SPLITS for f in folders) and any(len(f) > 1 for f in folders)
-    if split:
+    if all(f and f[0].lower() in SPLITS for f in folders) and any(len(f) > 1 for f in folders):
         splits = [SPLITS[f[0].lower()] for f in folders]
         folders = _without_common([f[1:] for f in folders])
     for name, path in zip(names, folders, strict=True):

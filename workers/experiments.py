@@ -19,6 +19,7 @@ from workers.config import Config, UserError, configure
 from workers.counts import COUNTS, Count
 from workers.evaluate import evaluate
 from workers.history import History, read_history
+from workers.output import writing
 from workers.progress import Progress
 from workers.trials import prepare_data, run_all
 
@@ -92,7 +93,7 @@ def _keep(folder: str, scale: Scale) -> None:
     """Notes what the runs in a folder are of. Raises UserError if they are of something else."""
     fs, path = storage(folder)
     text = json.dumps(asdict(scale)) + "\n"
-    try:
+    with writing(folder):
         if fs.exists(f"{path}/{SETTINGS}"):
             before = fs.cat_file(f"{path}/{SETTINGS}").decode()
             if before != text:
@@ -100,8 +101,6 @@ def _keep(folder: str, scale: Scale) -> None:
             return
         fs.makedirs(path, exist_ok=True)
         write_whole(fs, f"{path}/{SETTINGS}", text.encode())
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
 
 
 class _Lab:

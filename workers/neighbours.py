@@ -27,7 +27,7 @@ from datasets.storage import storage, write_whole
 from workers.cluster import connected
 from workers.config import UserError
 from workers.data import training_data
-from workers.output import check_output, write_output
+from workers.output import check_output, write_output, writing
 from workers.predict import image_files, open_known, read_image
 from workers.progress import Progress
 from workers.spread import only_here, spread
@@ -141,12 +141,10 @@ def _build(
     Raises UserError if the run cannot be written.
     """
     fs, path = storage(index)
-    try:
+    with writing(index):
         if fs.exists(path):
             fs.rm(path, recursive=True)
         fs.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{index} cannot be written: {error.strerror or error}") from None
     check_output(f"{index}/{ABOUT}")
     here = only_here(dataset.root, index)
     gpus = usable_gpus(dataset, [network])

@@ -14,7 +14,7 @@ from workers.config import UserError
 def check_output(url: str) -> None:
     """Raises UserError if no file can be written to a path or URL: before the work, not after."""
     fs, path = storage(url)
-    with _said(url):
+    with writing(url):
         if fs.isdir(path):
             raise UserError(f"{url} is a folder; name a file in it")
         probe = f"{path}.{uuid.uuid4().hex}.partial"
@@ -28,7 +28,7 @@ def written(url: str) -> Iterator[IO[bytes]]:
     at all if it fails. Raises UserError if it cannot be written.
     """
     fs, path = storage(url)
-    with _said(url), whole(fs, path, path.rpartition("/")[0]) as file:
+    with writing(url), whole(fs, path, path.rpartition("/")[0]) as file:
         yield file
 
 
@@ -40,7 +40,8 @@ def write_output(url: str, data: bytes) -> None:
 
 
 @contextmanager
-def _said(url: str) -> Iterator[None]:
+def writing(url: str) -> Iterator[None]:
+    """Within it what cannot be written to a path or URL raises UserError, which names that."""
     try:
         yield
     except OSError as error:

@@ -19,6 +19,7 @@ from datasets.storage import storage, write_whole
 from pipeline.mesh import Mesh
 from pipeline.tracing import Span, chrome
 from workers.config import Config, UserError, read
+from workers.output import writing
 from workers.timeline import picture
 
 COMPLETE = ".metadata"  # `torch.distributed.checkpoint` writes it last
@@ -38,14 +39,14 @@ class RunFolder:
         self.config, self.url = config, config.run
         self.fs, self.path = storage(self.url)
         self.remote = "://" in self.url
-        exists, asked = self.fs.exists(f"{self.path}/{CONFIG}"), bool(resume)
+        self.asked = bool(resume)
+        exists = self.fs.exists(f"{self.path}/{CONFIG}")
         if resume is None:
             resume = exists
         if exists and not resume:
             raise UserError(f"{config.run} already holds a run: --resume it, or name another")
         if resume and not exists:
             raise UserError(f"{config.run} holds no run to resume: {CONFIG} is not there")
-        self.asked = asked
         self.local = "" if self.remote else self.path  # where files are written
         self._board: Any = None
 
@@ -54,7 +55,6 @@ class RunFolder:
 
         Raises UserError if it cannot be written.
         """
-        augmenters = self.config.augmenters
         try:
             self.fs.makedirs(self.path, exist_ok=True)
             if self.remote:
@@ -62,9 +62,11 @@ class RunFolder:
                 for lines in self.fs.glob(f"{self.path}/*.jsonl"):  # none before a publishing
                     self.fs.get_file(lines, f"{self.local}/{lines.rpartition('/')[2]}")
             # What was asked of the run holds on, unless whoever resumes it says otherwise.
-            if self.asked and read(f"{self.url}/{CONFIG}").get("augmenters") != augmenters:
-                with suppress(FileNotFoundError):
-                    self.fs.rm_file(f"{self.path}/{SCALE}")
+            if self.asked:
+                before = read(f"{self.url}/{CONFIG}").get("augmenters")
+                if before != self.config.augmenters:
+                    with suppress(FileNotFoundError):
+                        self.fs.rm_file(f"{self.path}/{SCALE}")
             self._configure()
         except OSError as error:
             self._clear()
@@ -203,10 +205,8 @@ def write_scale(run: str, augmenters: str) -> None:
     if not is_run(run):
         raise UserError(f"{run}: no run there")
     fs, path = storage(run)
-    try:
+    with writing(run):
         write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
-    except OSError as error:
-        raise UserError(f"{run} cannot be written: {error.strerror or error}") from None
 
 
 def read_scale(run: str) -> str:

@@ -19,6 +19,7 @@ from workers.cluster import connected
 from workers.config import Config, UserError, configure
 from workers.confirm import confirm
 from workers.errors import RunFailed
+from workers.output import writing
 from workers.progress import Progress
 from workers.search_page import search_page
 from workers.space import CHANGEABLE, Domain, Space, published
@@ -224,11 +225,9 @@ def _drawn(domain: Domain) -> Any:
 
 def _keep(folder: str, wanted: Search) -> None:
     fs, path = storage(folder)
-    try:
+    with writing(folder):
         fs.makedirs(path, exist_ok=True)
         write_whole(fs, f"{path}/{SEARCH}", (json.dumps(asdict(wanted), indent=1) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
 
 
 def _kept(folder: str) -> Search:
