@@ -34,6 +34,15 @@ class Around(nn.AvgPool2d):  # normalisation over positions of a map
         return x * (self.k + self.alpha * super().forward(x * x)) ** -self.beta
 """
 
+APART = """
+
+class Apart(nn.Linear):  # each tower's outputs read that tower's inputs
+    def forward(self, x):
+        weights, biases = self.weight.chunk({columns}), self.bias.chunk({columns})
+        parts = zip(x.chunk({columns}, 1), weights, biases)
+        return torch.cat([nn.functional.linear(*own) for own in parts], 1)
+"""
+
 PIXELS = """
 
 class Pixels(nn.Module):  # takes float32 [n, 3, {crop}, {crop}], RGB from 0 to 255
@@ -50,7 +59,7 @@ def code(network: Network, scale: float) -> str:
     """Python that makes `net`, an `nn.Sequential` that needs nothing but torch.
 
     Its parameters have whole-network names, and beside them is `MEAN`, so that it takes pixels as
-    they are. Raises ValueError for a full layer whose columns read only their own halves.
+    they are.
     """
     norms = [norm for layer in network.layers for norm in layer.norms]
     parts = ["from collections import OrderedDict\n\nimport torch\nfrom torch import nn\n"]
@@ -58,6 +67,8 @@ def code(network: Network, scale: float) -> str:
         parts.append(WITHIN.format(columns=network.columns))
     if any(norm.spatial for norm in norms):
         parts.append(AROUND)
+    if any(_groups(network, i) > 1 and at.kind == "full" for i, at in enumerate(network.layers)):
+        parts.append(APART.format(columns=network.columns))
     parts.append(PIXELS.format(crop=network.crop, scale=scale))
     parts.append("\n\nnet = nn.Sequential(OrderedDict(\n    pixels=Pixels(),\n")
     flat = False
@@ -87,7 +98,8 @@ def to_onnx(net: nn.Module, crop: int, about: Mapping[str, str]) -> bytes:
     """An ONNX file of a module, from `pixels` float32 [n, 3, crop, crop] to `logits` [n, classes],
     for any n; `about` as its metadata. Needs the packages onnx and onnxscript.
     """
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # what it lacks for other networks
+    for name in ("torch.onnx", "onnxscript"):  # what they lack for other networks
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -116,13 +128,17 @@ def run_onnx(file: bytes, pixels: Tensor) -> Tensor:
     return torch.from_numpy(logits)
 
 
+def _groups(network: Network, index: int) -> int:
+    """In how many a layer's outputs read their inputs."""
+    return 1 if network.reads_all(index) else network.columns
+
+
 def _product(network: Network, index: int) -> str:
     layer, inputs = network.layers[index], network.inputs(index)
-    groups = 1 if network.reads_all(index) else network.columns
+    groups = _groups(network, index)
     if layer.kind == "full":
-        if groups > 1:
-            raise ValueError(f"{layer.name}: plain torch has no full layer in {groups} groups")
-        return f"nn.Linear({inputs.units}, {layer.maps})"
+        kind = "Apart" if groups > 1 else "nn.Linear"
+        return f"{kind}({inputs.units // groups}, {layer.maps})"
     before, after = layer.padding
     grouped = f", groups={groups}" if groups > 1 else ""
     sizes = f"{inputs.maps}, {layer.maps}, {layer.kernel}, {layer.stride}"

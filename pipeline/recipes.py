@@ -24,7 +24,7 @@ class Recipe:
     Raises ValueError, naming field, value and what is allowed, for a value that cannot be.
     """
 
-    network: str = setting("alexnet", "Table of layers.", tuple(network.NETWORKS))
+    network: str = setting("alexnet", "Table of layers, and recipe.", tuple(network.NETWORKS))
     activation: str = setting("relu", "After each layer but the last.", ("relu", "tanh"))
     lrn: bool = setting(True, "Local response normalisation where the table has it.")
     pooling: str = setting("3/2", "Window and stride of max-pooling.", ("3/2", "2/2"))

@@ -27,7 +27,9 @@ class Config(Recipe):
     Raises ValueError, naming field, value and what is allowed, for a value that cannot be.
     """
 
-    shards: str = setting("", "Folder or URL of Parquet shards; the drawn data set if unset.")
+    shards: str = setting(
+        "", "Folder or URL of Parquet shards; if unset the drawn data set, and alexnet-mini on it."
+    )
     images: int | None = setting(
         None, "Training images that are used, rounded up to whole row groups; all if unset."
     )

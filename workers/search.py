@@ -72,7 +72,9 @@ class Search:
         return {name: self.space[name].nearest(value) for name, value in settings.items()}
 
     def plan(self, parallel: int) -> Plan:
-        """The trials of it: the first has the recipe's own settings, if the space has them."""
+        """The trials of it: the first has the recipe's own settings, if the space has them. Those
+        of pbt run all at once: who is not there cannot be compared with or take weights over.
+        """
         base = self.config({}, "memory://")
         epochs = int(max(self.space["epochs"].ends)) if "epochs" in self.space else base.epochs
         own = published(base, self.space)
@@ -80,6 +82,7 @@ class Search:
         space = {name: _drawn(domain) for name, domain in self.space.items()}
         scheduler: Any = None
         if self.algorithm == "pbt":
+            parallel = self.trials
             scheduler = PopulationBasedTraining(
                 time_attr="epoch",
                 perturbation_interval=max(1, epochs // 10),

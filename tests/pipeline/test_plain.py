@@ -19,6 +19,7 @@ from pipeline.tower import Tower
         ("alexnet-mini", {}),
         ("alexnet-mini", {"columns": 1, "activation": "tanh", "pooling": "2/2"}),
         ("alexnet-2012", {}),
+        ("alexnet-mini", {"crossings": "last"}),
         ("cifar", {"lrn": False}),
     ],
     ids=str,

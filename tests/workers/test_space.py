@@ -59,6 +59,11 @@ def test_values_outside_a_domain_go_to_its_edge() -> None:
             ["--algorithm", "pbt", "--scheduler", "asha"],
             "--scheduler has no effect with pbt",
         ),
+        (
+            "rate = { low = 0.1, high = 0.5 }",
+            ["--algorithm", "pbt", "--parallel", "2"],
+            "--parallel has no effect with pbt, whose --trials run all at once",
+        ),
         ("rate = { low = 0.1, high = 0.5 }", ["--resume"], "--resume needs --run RUN"),
         ("", ["--resume", "--run", "runs/none"], "network has no effect with --resume"),
     ],

@@ -46,6 +46,9 @@ def command(
 
 def options(parser: argparse.ArgumentParser, *names: str) -> None:
     """Adds the options of these fields of the configuration."""
+    if "network" in names:
+        said = "Defaults in [ ] are alexnet's; other networks have their own."
+        parser.description = f"{parser.description} {said}"
     for field in fields(Config):
         if field.name in names:
             _option(parser, field)

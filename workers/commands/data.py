@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from datasets import DataError
-from workers.commands import command, count, help_of, on_error, show, workers
+from workers.commands import command, count, on_error, show, workers
 from workers.config import UserError, locate
 
 PREPARE = ("size", "quality", "keep", "holdout", "seed", "on_error")
@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
         "towers validate SHARDS",
         _validate,
     )
-    validate.add_argument("shards", metavar="SHARDS", help=help_of("shards"))
+    validate.add_argument("shards", metavar="SHARDS", help="Parquet shards, folder or URL.")
     workers(validate)
 
 

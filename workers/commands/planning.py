@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from workers.commands import VARIANTS, command, given, help_of, options, show
+from workers.commands import VARIANTS, command, given, options, show
 from workers.commands.training import MESH, NOWHERE
 from workers.config import UserError, configure
 
@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         "towers plan SHARDS --network alexnet --measure --price-towers 2.5 --price-augmenter 0.4",
         _plan,
     )
-    plan.add_argument("shards", nargs="?", metavar="SHARDS", help=help_of("shards"))
+    plan.add_argument("shards", nargs="?", metavar="SHARDS", help="Parquet shards, folder or URL.")
     plan.add_argument("--images", type=int, help="Training images; those of SHARDS if unset.")
     plan.add_argument("--classes", type=int, help="Classes; those of SHARDS, or 1000, if unset.")
     names = ("network", "epochs", "steps", "batch", "augmenters", *MESH, "microbatches")

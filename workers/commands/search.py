@@ -13,6 +13,7 @@ from workers.config import UserError, configure, locate, read
 from workers.space import read_space
 
 TRIALS = 20
+POPULATION = 8  # of pbt, which has all its trials at once
 PARALLEL = "Runs side by side. [one a GPU, or else a CPU]"
 
 
@@ -28,7 +29,10 @@ def add(commands: Any) -> None:
     tune.add_argument("shards", nargs="?", metavar="SHARDS", help=help_of("shards"))
     tune.add_argument("--space", metavar="FILE", help="TOML file of what may be chosen from what.")
     tune.add_argument(
-        "--trials", type=int, metavar="N", help=f"Runs, or of pbt its population. [{TRIALS}]"
+        "--trials",
+        type=int,
+        metavar="N",
+        help=f"Runs; of pbt its population, all side by side. [{TRIALS}, of pbt {POPULATION}]",
     )
     tune.add_argument(
         "--algorithm",
@@ -103,11 +107,14 @@ def _tune(args: argparse.Namespace) -> int:
 
         names = ("trials", "algorithm", "minutes", "parallel", "confirm")
         said = {name: value for name, value in vars(args).items() if name in names}
+        together = said.get("algorithm") == "pbt"
+        if together and "parallel" in said:
+            raise UserError("--parallel has no effect with pbt, whose --trials run all at once")
         if scheduler := getattr(args, "scheduler", ""):
-            if said.get("algorithm") == "pbt":
+            if together:
                 raise UserError("--scheduler has no effect with pbt, which ends no run early")
             said["early"] = scheduler == "asha"
-        wanted = Search(fixed, space, **{"trials": TRIALS, **said})
+        wanted = Search(fixed, space, **{"trials": POPULATION if together else TRIALS, **said})
         if left:
             print(f"not searched: {', '.join(left)}", file=sys.stderr)
         folder = folder or f"runs/tune-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
         commands,
         "import",
         "make a run out of weights",
-        "towers import bvlc_alexnet.npz RUN --network alexnet-2012 --shards SHARDS",
+        "towers import alexnet.safetensors RUN --shards SHARDS",
         _import,
     )
     import_.add_argument("file", metavar="FILE", help="In .safetensors, .pt, or Caffe's .npz.")
