@@ -81,7 +81,7 @@ def trained(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     given = {"network": "alexnet-mini", "shards": shards}
     small_ray()
-    more = {"batch": 64, "epochs": 2, "augmenters": "1:2", "run": f"{folder}/run"}
+    more = {"batch": 64, "epochs": 2, "augmenters": "1:1", "run": f"{folder}/run"}
     train(configure({**given, **more}), progress=Killer())
     export(f"{folder}/run", f"{folder}/w.safetensors", 3)
     import_(f"{folder}/w.safetensors", f"{folder}/other", given)

@@ -23,7 +23,7 @@ from workers.progress import Progress
 from workers.run import checkpoints
 from workers.supervisor import train
 
-SMALL = {"network": "alexnet-mini", "batch": 64, "epochs": 4, "augmenters": "1:2", "log_every": 1}
+SMALL = {"network": "alexnet-mini", "batch": 64, "epochs": 4, "augmenters": "1:1", "log_every": 1}
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
