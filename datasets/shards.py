@@ -21,7 +21,16 @@ from datasets import DataError
 from datasets.foreign import columns, numbered_classes, split_files
 from datasets.layout import Dataset, Shard
 from datasets.rows import Record, Rows
-from datasets.storage import address, existing, parquet, persistent, storage, writable, write_whole
+from datasets.storage import (
+    address,
+    existing,
+    matching,
+    parquet,
+    persistent,
+    storage,
+    writable,
+    write_whole,
+)
 
 __all__ = [
     "Dataset",
@@ -109,7 +118,7 @@ def write_split(
         raise
     if not partials:
         raise DataError(f"{url}: no image for split {split!r}; is the source empty?")
-    for old in fs.glob(f"{root}/{split}-*-of-*.parquet"):
+    for old in matching(fs, root, f"{split}-*-of-*.parquet"):
         fs.rm_file(old)
     shards = []
     for number, (partial, rows) in enumerate(partials):

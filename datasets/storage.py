@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import PurePath
 from typing import Any, TypeVar
 
@@ -105,6 +106,17 @@ def _walk(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
             yield from _walk(entry.path, (*above, real))
         else:
             yield entry.path, size
+
+
+def matching(fs: Any, folder: str, pattern: str) -> list[str]:
+    """The paths in a folder, whose own name may be any, with a last part such as `pattern`, in
+    order; none if it is not there.
+    """
+    try:
+        found = [str(name).rstrip("/") for name in fs.ls(folder, detail=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(name for name in found if fnmatchcase(name.rpartition("/")[2], pattern))
 
 
 def address(fs: Any, path: str) -> str:

@@ -17,7 +17,7 @@ from datasets.layout import Dataset
 from datasets.rows import Rows
 from datasets.shards import MANIFEST, check_groups, read_shard
 from datasets.statistics import Statistics, Sums
-from datasets.storage import passing, persistent, storage
+from datasets.storage import matching, passing, persistent, storage
 
 NEAR = 4.0  # grey levels that statistics may be off: they are taken before JPEG rounds
 
@@ -147,7 +147,7 @@ def _strays(dataset: Dataset) -> Iterator[str]:
     if not fs.exists(f"{root}/{MANIFEST}"):
         return
     named = {shard.name for shards in dataset.splits.values() for shard in shards}
-    for path in sorted(fs.glob(f"{root}/*.parquet")):
+    for path in matching(fs, root, "*.parquet"):
         if (name := path.rpartition("/")[2]) not in named:
             yield f"{name}: not in {MANIFEST}; remove it or prepare the data set again"
 

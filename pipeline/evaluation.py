@@ -123,9 +123,11 @@ class Verdicts:
         }
 
     def confusion(self, classes: int) -> Tensor:
-        """int64 [classes, classes]: images of each true class (row) by predicted class."""
-        cells = self.labels * classes + self.predicted
-        return torch.bincount(cells, minlength=classes**2).view(classes, classes)
+        """int64 [k, 3]: a true class, a predicted one and how many images, where there are any, in
+        order. A table of all pairs would take gigabytes for twenty thousand classes.
+        """
+        cells, counts = (self.labels * classes + self.predicted).unique(return_counts=True)
+        return torch.stack([cells // classes, cells % classes, counts], 1)
 
     def by_class(self, classes: int) -> list[dict[str, float | None]]:
         """images, top1_error and top5_error of each class; errors are None without images."""

@@ -11,7 +11,7 @@ from statistics import fmean
 
 WIDTH, PLOT = 470, 164  # of a chart and of what is inside its axes, in pixels
 LEFT, RIGHT, TOP, ROW = 66, 20, 10, 14  # margins, and the height of a row of labels
-COLOURS = 5
+COLOURS = 10  # of the page
 
 SPACINGS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 21600, 43200)
 """Seconds between two marks of time; longer ones are whole days."""

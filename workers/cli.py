@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import select
 import sys
+from contextlib import suppress
 
 from datasets import DataError
 from workers.commands import completion, data, jobs, planning, results, search, training, weights
@@ -15,6 +18,8 @@ COMMANDS = (training, planning, data, results, search, weights, jobs, completion
 
 def program() -> int:
     """The program `towers`: `main`, with runs that outlive their own supervisor."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be any bytes
     return main(guard=True)
 
 
@@ -30,6 +35,9 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
 
     try:
         result: int = args.run_command(args)
+        with suppress(BrokenPipeError):  # whoever read our output has seen enough
+            sys.stdout.flush()
+        _closed()
         return result
     except (UserError, DataError) as error:
         print(f"towers: {error}", file=sys.stderr)
@@ -37,12 +45,11 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
     except RunFailed as error:
         print(f"towers: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         from datasets.storage import passing
 
+        if isinstance(error, BrokenPipeError) and _closed():
+            return 1
         if not passing(error):
             raise
         print(f"towers: a store failed, again and again: {error}", file=sys.stderr)
@@ -50,6 +57,20 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
     except KeyboardInterrupt:
         print(f"towers: interrupted{args.again and f'; {args.again}'}", file=sys.stderr)
         return 1
+
+
+def _closed() -> bool:
+    """Whether nobody reads our output any more; what is left of it is dropped."""
+    closed = False
+    for stream in (sys.stdout, sys.stderr):
+        pipe = select.poll()
+        with suppress(OSError, ValueError):  # a test's stream is no file
+            pipe.register(stream.fileno(), 0)
+        for number, event in pipe.poll(0):
+            if event & select.POLLERR:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+                closed = True
+    return closed
 
 
 def parser() -> argparse.ArgumentParser:

@@ -100,23 +100,28 @@ class Config(Recipe):
         return "\n".join(lines) + "\n"
 
 
-def configure(given: dict[str, Any], file: str | None = None) -> Config:
+def configure(given: dict[str, Any], file: str | None = None, *, goes_on: bool = False) -> Config:
     """The recipe of the network, under what a TOML file says, under what is `given` by name.
 
-    Raises UserError for an unknown field, a value of another type, or one that cannot be.
+    Other `epochs` than the recipe's or the file's bring the schedule's `drops` with them, unless
+    the file is that of a run that goes on. Raises UserError for an unknown field, a value of
+    another type, or one that cannot be.
     """
-    chosen = {**(read(file) if file else {}), **given}
+    said = read(file) if file else {}
+    chosen = {**said, **given}
     default = "alexnet" if chosen.get("shards") else "alexnet-mini"
     name = chosen.setdefault("network", default)
     if name not in RECIPES:
         raise UserError(f"network is {name!r}: one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]()
-    if "epochs" in chosen and "drops" not in chosen and "drops" in recipe:
-        # A shorter or longer run keeps the shape of its schedule.
-        ratio = chosen["epochs"] / recipe["epochs"]
-        recipe["drops"] = tuple(round(drop * ratio, 2) for drop in recipe["drops"])
     if chosen.get("schedule") == "plateau":
         recipe.pop("drops", None)
+    elif "drops" not in given and not (goes_on and "drops" in said):
+        shape = said if "drops" in said else recipe
+        before = shape.get("epochs")
+        if before and "drops" in shape and chosen.get("epochs", before) != before:
+            ratio = chosen["epochs"] / before
+            chosen["drops"] = tuple(round(drop * ratio, 2) for drop in shape["drops"])
     if chosen.get("cuts"):
         chosen.setdefault("stages", chosen["cuts"].count(",") + 2)
     if chosen.get("stages", 1) > 1 and "microbatches" not in chosen:
@@ -168,7 +173,19 @@ def read_toml(file: str, what: str) -> dict[str, Any]:
 
 
 def read(file: str) -> dict[str, Any]:
-    values = read_toml(file, "configuration file")
+    """The fields that a TOML file has. Raises UserError for what is none, or of another type."""
+    return _typed(read_toml(file, "configuration file"), file)
+
+
+def parsed(text: str, file: str) -> dict[str, Any]:
+    """As `read`, of a text that is in a file."""
+    try:
+        return _typed(tomllib.loads(text), file)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{file}: not TOML: {error}") from None
+
+
+def _typed(values: dict[str, Any], file: str) -> dict[str, Any]:
     known = {f.name: f for f in fields(Config)}
     for name, value in values.items():
         if name not in known:

@@ -19,18 +19,22 @@ NAMES = ("best", "recipe")
 def confirm(
     config: Callable[[str, str, int], Config],
     folder: str,
+    best: str,
     seeds: int,
     parallel: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Trains "best" and "recipe" from so many seeds each, 1 and on, by `config(name, run, seed)`.
+    """Trains "best" and "recipe" from so many seeds each, 1 and on, by `config(name, run, seed)`;
+    `best` is the trial of the best: a search that goes on may find another.
 
     Returns the top-1 errors of either; by how much the best one's mean is `lower`, and if there are
     two seeds or more, `at_least` and `at_most` what the spread between them allows with 95%
-    certainty. Runs that are finished are not run again.
+    certainty, by the seeds that both came to their end from. Runs that are finished are not run
+    again.
     """
+    folders = {"best": f"best-{best}", "recipe": "recipe"}
     places = {
-        (name, seed): f"{folder}/confirm/{name}-seed{seed}"
+        (name, seed): f"{folder}/confirm/{folders[name]}-seed{seed}"
         for name in NAMES
         for seed in range(1, seeds + 1)
     }
@@ -46,12 +50,12 @@ def confirm(
         run_all(configs, folder, progress, name=name, parallel=parallel)
     histories = {place: read_history(run, goal=False) for place, run in places.items()}
     errors = {
-        name: [one.top1_error for (of, _), one in histories.items() if of == name and one.done]
+        name: {s: one.top1_error for (of, s), one in histories.items() if of == name and one.done}
         for name in NAMES
     }
-    found: dict[str, Any] = dict(errors)
-    if all(errors.values()):
-        figures = interval(errors["best"], errors["recipe"])
+    found: dict[str, Any] = {name: list(of.values()) for name, of in errors.items()}
+    if both := [seed for seed in errors["best"] if seed in errors["recipe"]]:
+        figures = interval(*([errors[name][seed] for seed in both] for name in NAMES))
         named = zip(("lower", "at_least", "at_most"), figures, strict=True)
         found |= {name: figure for name, figure in named if math.isfinite(figure)}
     return found

@@ -97,15 +97,12 @@ def details(
         {"name": classes.names[n], "title": classes.title(n), **figures}
         for n, figures in enumerate(verdict.by_class(count))
     ]
-    table = verdict.confusion(count)
-    cells = table.nonzero()
-    confusion = torch.cat([cells, table[cells[:, 0], cells[:, 1]][:, None]], 1)
     wrong = (verdict.ranks > 0).nonzero()[:, 0]
     worst = wrong[verdict.losses[wrong].argsort(descending=True, stable=True)][:EXAMPLES]
     spaced = np.unique(np.linspace(0, len(rows) - 1, EXAMPLES).astype(np.int64))
     return {
         "classes": by_class,
-        "confusion": confusion.tolist(),
+        "confusion": verdict.confusion(count).tolist(),
         "examples": _examples(network, work, rows[spaced]),
         "mistakes": _examples(network, work, rows[worst.numpy()]),
     }

@@ -42,15 +42,15 @@ def read_history(run: str, *, goal: bool) -> History:
     Raises DataError if a file of it is damaged.
     """
     metrics, events = read_lines(run, METRICS), read_lines(run, EVENTS)
-    # A run that lost a process has done some steps twice: the same both times.
-    training = {line["step"]: line for line in metrics if line["split"] == "train"}
-    lines = [training[step] for step in sorted(training)]
+    lines = _once([line for line in metrics if line["split"] == "train"], events)
     evaluations = [line for line in metrics if line["split"] != "train"]
     curve = _curve(lines)
     reached = next((step for step, error, whole in curve if whole and error <= GOAL), None)
     end = next((event for event in reversed(events) if event["event"] == "end"), None)
     seconds = [
-        later["seconds"] / (later["step"] - earlier["step"]) for earlier, later in pairwise(lines)
+        later["seconds"] / (later["step"] - earlier["step"])
+        for earlier, later in pairwise(lines)
+        if not later["begun"]
     ]
     return History(
         run,
@@ -61,6 +61,24 @@ def read_history(run: str, *, goal: bool) -> History:
         median(seconds) if seconds else math.nan,
         end["top1_error"] if end else math.nan,
     )
+
+
+def _once(lines: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of all steps in order, those that a run did again after a loss as it did them last;
+    `begun`: whether it is the first line since the run began or went on.
+    """
+    found: list[dict[str, Any]] = []
+    starts = [event for event in events if event["event"] == "start"]
+    begun = True
+    for line in sorted([*starts, *lines], key=lambda line: line["time"]):
+        if "event" in line:
+            begun = True
+            while found and found[-1]["step"] > line["step"]:
+                found.pop()
+        else:
+            found.append({**line, "begun": begun})
+            begun = False
+    return found
 
 
 def _curve(lines: list[dict[str, Any]]) -> list[tuple[int, float, bool]]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -12,9 +15,10 @@ from datasets.storage import opened, storage
 from pipeline import checkpoint
 from pipeline.network import Network
 from pipeline.optimizer import SGD
+from pipeline.recipes import Recipe
 from pipeline.tower import Tower
 from pipeline.weights import fitting, read_about, read_weights
-from workers.config import Config, UserError
+from workers.config import Config, UserError, parsed
 from workers.data import Classes, kept_classes
 from workers.run import COMPLETE, CONFIG, RunFolder, checkpoint_url
 from workers.trained import pick_step
@@ -36,7 +40,7 @@ class Initial:
 
         The last layer is drawn new if they are others. Returns a line that says so, else "".
         """
-        new = classes is not None and self._differ(classes)
+        new = classes is not None and self.differ(classes)
         count = len(classes.names) if classes else self.network.classes
         tower = Tower(config.build(count), seed=config.seed)
         last = self.network.layers[-1].name
@@ -52,7 +56,8 @@ class Initial:
         had = self.network.classes
         return f"{last} is drawn new: {had} other classes at {self.source}" if new else ""
 
-    def _differ(self, classes: Classes) -> bool:
+    def differ(self, classes: Classes) -> bool:
+        """Whether other classes are told apart: by their names where both have some."""
         ours = self.classes
         if ours is None or ours.numbered or classes.numbered:
             return len(classes.names) != self.network.classes
@@ -82,7 +87,31 @@ def read_initial(config: Config) -> Initial:
     return Initial(source, network, weights, kept_classes(run) if run else None)
 
 
+def recipe_of(source: str) -> dict[str, Any]:
+    """The recipe that a `.safetensors` file by `towers export` says its weights are of, {} if it is
+    no such file.
+    """
+    if not source.endswith(".safetensors"):
+        return {}
+    with _here(source) as file:
+        text = read_about(file).get("recipe")
+    if not isinstance(text, str):
+        return {}
+    said = parsed(text, f"the recipe in {source}")
+    return {field.name: said[field.name] for field in fields(Recipe) if field.name in said}
+
+
 def _of_file(source: str, config: Config) -> Initial:
+    with _here(source) as file:
+        network, weights = read_weights(file, config.build)
+        about = read_about(file) if file.endswith(".safetensors") else {}
+    names = about.get("names")
+    return Initial(source, network, weights, Classes(tuple(names), {}) if names else None)
+
+
+@contextmanager
+def _here(source: str) -> Iterator[str]:
+    """A file of weights on this machine; within it what is wrong with them is UserError's."""
     with tempfile.TemporaryDirectory() as folder:
         file = source
         if "://" in source:
@@ -90,9 +119,8 @@ def _of_file(source: str, config: Config) -> Initial:
             with opened(source) as there, open(file, "wb") as here:
                 here.write(there.read())
         try:
-            network, weights = read_weights(file, config.build)
-            about = read_about(file) if file.endswith(".safetensors") else {}
+            yield file
+        except UserError:
+            raise
         except ValueError as error:
             raise UserError(str(error).replace(file, source)) from None
-    names = about.get("names")
-    return Initial(source, network, weights, Classes(tuple(names), {}) if names else None)

@@ -35,6 +35,8 @@ def connect(address: str) -> JobSubmissionClient:
 
     Raises UserError if nobody answers, the token is missing or wrong, or Ray is another version.
     """
+    if "://" not in address:
+        address = f"http://{address}"  # or Ray would take it for that of its control store
     from ray._private.authentication.authentication_token_setup import (
         maybe_enable_token_auth_if_token_available,
     )
@@ -102,13 +104,22 @@ def submit(client: JobSubmissionClient, folder: str, command: str) -> str:
 
 
 def package_size(folder: str) -> int:
-    """Bytes of the package that `submit` sends, as Ray packs it."""
-    from ray._private.runtime_env.packaging import create_package
+    """Bytes of the package that `submit` sends, as Ray packs it.
+
+    Raises UserError if they are more than Ray takes.
+    """
+    from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, create_package
 
     with tempfile.TemporaryDirectory() as made:
         file = Path(made) / "package.zip"
         create_package(folder, file, include_gitignore=True, excludes=EXCLUDES)
-        return file.stat().st_size
+        size = file.stat().st_size
+    if size >= GCS_STORAGE_MAX_SIZE:
+        raise UserError(
+            f"{os.path.abspath(folder)} makes a package of {size >> 20} MiB, and Ray takes less "
+            f"than {GCS_STORAGE_MAX_SIZE >> 20}: name what no job needs in .gitignore"
+        )
+    return size
 
 
 def follow(client: JobSubmissionClient, job: str, out: TextIO | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,12 @@ from datasets.images import Pixels, decode
 from datasets.layout import Dataset
 from datasets.rows import Rows
 from datasets.shards import open_dataset
-from datasets.storage import storage, write_whole
+from datasets.storage import matching, storage, write_whole
 from workers.cluster import connected
 from workers.config import UserError
 from workers.data import training_data
 from workers.output import check_output, write_output, writing
-from workers.predict import image_files, open_known, read_image
+from workers.predict import BATCH, image_files, open_known, read_image
 from workers.progress import Progress
 from workers.spread import only_here, spread
 from workers.sweep import OnError, Part, Work, sweep, usable_gpus
@@ -66,22 +66,30 @@ def neighbours(
     dataset = open_dataset(data) if data else training_data(run, network.config)
     if not dataset:
         raise UserError(f"{run}: its training data is gone; name shards by --data")
+    if split == "train" and network.config.images and not data:
+        dataset = dataset.first(split, network.config.images)
     dataset.shards(split)
     files = [file for place in images for file in image_files(place)]
     size, crop = network.shape
-    pixels = [read_image(file, size) for file in files]
     if output:
+        if not output.lower().endswith(".png"):
+            raise UserError(f"{output}: a name that ends in .png is wanted")
         check_output(output)
-    views = np.stack([evaluation_views(one, crop, 1)[0] for one in pixels])
-    features = network.classifier().features(torch.from_numpy(views))
+    classifier, features = network.classifier(), []
+    for first in range(0, len(files), BATCH):
+        some = (read_image(file, size) for file in files[first : first + BATCH])
+        views = np.stack([evaluation_views(one, crop, 1)[0] for one in some])
+        features.append(classifier.features(torch.from_numpy(views)))
+    wanted = torch.cat(features)
     index = f"{run}/{INDEX}"
-    about = _about(network, dataset, split)
-    fresh = _kept(index) == about
-    small = dataset.rows(split) * features.shape[1] * 4 <= SMALL or only_here(index)
+    about = _about(network, dataset, split, on_error)
+    # Where no image was skipped, all are there for who would skip some.
+    fresh = _kept(index) in (about, {**about, "on_error": "fail"})
+    small = dataset.rows(split) * wanted.shape[1] * 4 <= SMALL or only_here(index)
     with nullcontext() if only_here(dataset.root) or (fresh and small) else connected():
         if not fresh:
             _build(index, about, network, dataset, split, on_error, workers, progress)
-        found = _search(index, features, k, workers, here=small)
+        found = _search(index, wanted, k, workers, here=small)
     assert network.classes
     shown = [
         {
@@ -100,7 +108,7 @@ def neighbours(
         for file, nearest in zip(files, found, strict=True)
     ]
     if output:
-        write_output(output, _sheet(pixels, shown, dataset, split, size))
+        write_output(output, _sheet(shown, dataset, split, size))
     about = {"run": run, "step": network.step, "data": dataset.root, "split": split}
     return {**about, "images": shown, **({"file": output} if output else {})}
 
@@ -111,10 +119,11 @@ def _title(network: Trained, dataset: Dataset, label: int) -> str:
     return known.title(known.names.index(name)) if known and name in known.names else name
 
 
-def _about(network: Trained, dataset: Dataset, split: str) -> dict[str, Any]:
+def _about(network: Trained, dataset: Dataset, split: str, on_error: OnError) -> dict[str, Any]:
     """What the features of an index depend on."""
     shards = [[shard.state(), list(shard.groups)] for shard in dataset.shards(split)]
-    return {"step": network.step, "data": dataset.root, "split": split, "shards": shards}
+    of = {"step": network.step, "data": dataset.root, "split": split, "shards": shards}
+    return {**of, "on_error": on_error}
 
 
 def _kept(index: str) -> dict[str, Any] | None:
@@ -143,6 +152,8 @@ def _build(
     fs, path = storage(index)
     with writing(index):
         if fs.exists(path):
+            with suppress(FileNotFoundError):  # first: what is left may be half of it
+                fs.rm_file(f"{path}/{ABOUT}")
             fs.rm(path, recursive=True)
         fs.makedirs(path, exist_ok=True)
     check_output(f"{index}/{ABOUT}")
@@ -183,7 +194,7 @@ def _search(
 ) -> list[list[tuple[float, int, int]]]:
     """Distance, row and label of the k rows nearest to each of the features [n, units]."""
     fs, path = storage(index)
-    files = [str(fs.unstrip_protocol(file)) for file in sorted(fs.glob(f"{path}/*.parquet"))]
+    files = [str(fs.unstrip_protocol(file)) for file in matching(fs, path, "*.parquet")]
     found: list[list[tuple[float, int, int]]] = [[] for _ in features]
     for _, part in spread(_nearest, (features.numpy(), k), files, workers=workers, here=here):
         found = [sorted(own + more)[:k] for own, more in zip(found, part, strict=True)]
@@ -211,13 +222,7 @@ def _nearest(
     ]
 
 
-def _sheet(
-    pixels: Sequence[Pixels],
-    shown: Sequence[dict[str, Any]],
-    dataset: Dataset,
-    split: str,
-    size: int,
-) -> bytes:
+def _sheet(shown: Sequence[dict[str, Any]], dataset: Dataset, split: str, size: int) -> bytes:
     """A PNG of a line for each image: itself, and what is near it by falling likeness."""
     across = 1 + max(len(one["neighbours"]) for one in shown)
     gap, high = 8, SIDE + 2 * LINE + 8
@@ -233,8 +238,8 @@ def _sheet(
             draw.text((left, top + SIDE + 1 + n * LINE), text, "black", font)
 
     reader = Rows(dataset, split)
-    for line, (one, image) in enumerate(zip(shown, pixels, strict=True)):
-        put(line, 0, image, one["image"].rpartition("/")[2])
+    for line, one in enumerate(shown):
+        put(line, 0, read_image(one["image"], size), one["image"].rpartition("/")[2])
         near = one["neighbours"]
         records = reader.read(np.array([n["row"] for n in near], np.int64))
         for place, (n, record) in enumerate(zip(near, records, strict=True), 1):

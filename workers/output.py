@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, Any
+
+from fsspec.implementations.local import LocalFileSystem
 
 from datasets.storage import storage, whole, write_whole
 from workers.config import UserError
@@ -13,10 +16,12 @@ from workers.config import UserError
 
 def check_output(url: str) -> None:
     """Raises UserError if no file can be written to a path or URL: before the work, not after."""
-    fs, path = storage(url)
+    fs, path = _target(url)
     with writing(url):
         if fs.isdir(path):
             raise UserError(f"{url} is a folder; name a file in it")
+        if _is_special(fs, path):
+            return
         probe = f"{path}.{uuid.uuid4().hex}.partial"
         write_whole(fs, probe, b"")
         fs.rm_file(probe)
@@ -25,10 +30,14 @@ def check_output(url: str) -> None:
 @contextmanager
 def written(url: str) -> Iterator[IO[bytes]]:
     """A file to write at a path or URL, which is there when the block has ended, complete, and not
-    at all if it fails. Raises UserError if it cannot be written.
+    at all if it fails; a device or a pipe is written to as it is. Raises UserError if it cannot be.
     """
-    fs, path = storage(url)
-    with writing(url), whole(fs, path, path.rpartition("/")[0]) as file:
+    fs, path = _target(url)
+    special = _is_special(fs, path)
+    with (
+        writing(url),
+        open(path, "wb") if special else whole(fs, path, path.rpartition("/")[0]) as file,
+    ):
         yield file
 
 
@@ -37,6 +46,22 @@ def write_output(url: str, data: bytes) -> None:
     check_output(url)
     with written(url) as file:
         file.write(data)
+
+
+def _target(url: str) -> tuple[Any, str]:
+    """Where to write: what is there may be a link."""
+    fs, path = storage(url)
+    if isinstance(fs, LocalFileSystem) and os.path.isfile(path):
+        path = os.path.realpath(path)
+    return fs, path
+
+
+def _is_special(fs: Any, path: str) -> bool:
+    return (
+        isinstance(fs, LocalFileSystem)
+        and os.path.exists(path)
+        and not (os.path.isfile(path) or os.path.isdir(path))
+    )
 
 
 @contextmanager

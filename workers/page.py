@@ -4,9 +4,11 @@ from __future__ import annotations
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2530; --soft: #67707d; --line: #d9dee5; --paper: #fff;
-  --s0: #2f6fb3; --s1: #c8641b; --s2: #2a8a57; --s3: #8a4fb0; --s4: #b23a55; }
+  --s0: #2f6fb3; --s1: #c8641b; --s2: #2a8a57; --s3: #8a4fb0; --s4: #b23a55;
+  --s5: #1f8a93; --s6: #a8811a; --s7: #5b5bd0; --s8: #7a5a3c; --s9: #d2559b; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa4b2; --line: #343c47;
-  --paper: #14181d; --s0: #6ba6e8; --s1: #f0975a; --s2: #62c08f; --s3: #bd8ce0; --s4: #e8788f; } }
+  --paper: #14181d; --s0: #6ba6e8; --s1: #f0975a; --s2: #62c08f; --s3: #bd8ce0; --s4: #e8788f;
+  --s5: #55c3cc; --s6: #d8b44a; --s7: #9a9af5; --s8: #b99674; --s9: #f08fc4; } }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; font-weight: 600; } h2 { margin-top: 2.2rem; }

@@ -12,7 +12,7 @@ import torch
 from datasets import DataError
 from datasets.augmentation import evaluation_views
 from datasets.images import MAX_BYTES, Pixels, decode, is_image
-from datasets.storage import address, files_below, opened, persistent, storage
+from datasets.storage import address, files_below, opened, persistent, refused, storage
 from pipeline.evaluation import best
 from workers.config import UserError
 from workers.sweep import Views, checked_views
@@ -53,8 +53,14 @@ def image_files(place: str) -> list[str]:
     Raises DataError if nothing is there, UserError if a folder holds no image.
     """
     fs, path = storage(place)
-    if not persistent(place, lambda: fs.isdir(path)):
-        return [place]  # which `opened` names if it is missing
+    try:
+        folder = persistent(place, lambda: fs.isdir(path))
+    except Exception as error:
+        if not refused(error):
+            raise
+        folder = False
+    if not folder:
+        return [place]  # which `opened` names if it is missing, or may not be read
     if not (files := [address(fs, name) for name in files_below(fs, path) if is_image(name)]):
         raise UserError(f"{place}: no image in this folder; name files, or a folder of them")
     return files

@@ -209,7 +209,10 @@ def _kernels(run: str) -> str:
     kept = checkpoints(run)
     if not kept:
         return ""
-    weights = checkpoint.load_weights(checkpoint_url(run, kept[-1]))
+    try:
+        weights = checkpoint.load_weights(checkpoint_url(run, kept[-1]))
+    except checkpoint.Damaged as error:
+        return f"<p>No kernels: {html.escape(str(error))}.</p>"
     first = weights["conv1.weight"].float().numpy()
     columns = 2 if weights["conv2.weight"].shape[1] * 2 == len(first) else 1
     shown = []

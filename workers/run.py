@@ -15,7 +15,7 @@ import ray
 from fsspec.implementations.local import LocalFileSystem
 
 from datasets import DataError
-from datasets.storage import storage, write_whole
+from datasets.storage import matching, storage, write_whole
 from pipeline.mesh import Mesh
 from pipeline.tracing import Span, chrome
 from workers.config import Config, UserError, read
@@ -23,6 +23,7 @@ from workers.output import writing
 from workers.timeline import picture
 
 COMPLETE = ".metadata"  # `torch.distributed.checkpoint` writes it last
+STEP = "step-[0-9]*"  # a checkpoint's folder
 CONFIG, METRICS, EVENTS = "config.toml", "metrics.jsonl", "events.jsonl"
 SCALE = "augmenters"  # the size of the fleet that was asked for
 
@@ -59,7 +60,7 @@ class RunFolder:
             self.fs.makedirs(self.path, exist_ok=True)
             if self.remote:
                 self.local = tempfile.mkdtemp(prefix="towers-run-")
-                for lines in self.fs.glob(f"{self.path}/*.jsonl"):  # none before a publishing
+                for lines in matching(self.fs, self.path, "*.jsonl"):  # none before a publishing
                     self.fs.get_file(lines, f"{self.local}/{lines.rpartition('/')[2]}")
             # What was asked of the run holds on, unless whoever resumes it says otherwise.
             if self.asked:
@@ -162,7 +163,7 @@ class RunFolder:
         whose removal broke off.
         """
         kept = self.checkpoints()[-keep:]
-        for place in self.fs.glob(f"{self.path}/checkpoints/step-*"):
+        for place in matching(self.fs, f"{self.path}/checkpoints", STEP):
             step = _step(place)
             if step not in (*kept, best) and step < kept[-1]:
                 with suppress(FileNotFoundError):  # first: what is left may be half of it
@@ -200,13 +201,18 @@ def checkpoint_url(run: str, step: int) -> str:
     return f"{run}/checkpoints/step-{step:08d}"
 
 
-def write_scale(run: str, augmenters: str) -> None:
-    """Asks a run for a fleet of another size. Raises UserError if there is none to be asked."""
+def write_scale(run: str, augmenters: str) -> bool:
+    """Asks a run for a fleet of another size; whether it goes on, and had not come to its end.
+
+    Raises UserError if there is none to be asked.
+    """
     if not is_run(run):
         raise UserError(f"{run}: no run there")
+    last = [event["event"] for event in read_lines(run, EVENTS)][-1:]
     fs, path = storage(run)
     with writing(run):
         write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
+    return last != ["end"]
 
 
 def read_scale(run: str) -> str:
@@ -234,9 +240,9 @@ def checkpoints(run: str) -> list[int]:
     """The steps of a run's complete checkpoints, in order."""
     fs, path = storage(run)
     fs.invalidate_cache()
-    found = fs.glob(f"{path}/checkpoints/step-*/{COMPLETE}")
-    return sorted(_step(name.rpartition("/")[0]) for name in found)
+    found = matching(fs, f"{path}/checkpoints", STEP)
+    return sorted(_step(folder) for folder in found if fs.exists(f"{folder}/{COMPLETE}"))
 
 
 def _step(folder: str) -> int:
-    return int(folder.rstrip("/").rpartition("step-")[2])
+    return int(folder.rpartition("step-")[2])

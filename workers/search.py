@@ -133,7 +133,7 @@ def search(folder: str, wanted: Search | None, progress: Progress | None = None)
         confirmed = None
         if todo.confirm:
             again = partial(_again, shared, best["settings"])
-            confirmed = confirm(again, folder, todo.confirm, parallel, progress)
+            confirmed = confirm(again, folder, best["trial"], todo.confirm, parallel, progress)
     return _written(folder, todo, lines, best, confirmed, time.time() - begun)
 
 

@@ -33,6 +33,7 @@ def search_page(
     if result["failed"]:
         counts += f", {result['failed']} failed"
     shown = [line for line in lines if line["state"] != "failed"]
+    minutes = sum(line["seconds"] for line in lines) / 60
     again = ""
     if (confirmed := result["confirmed"]) and "lower" in confirmed:
         again = (
@@ -41,7 +42,7 @@ def search_page(
             "spread between seeds allows.</p>"
         )
     parts = [
-        f"<h1>{html.escape(name)}</h1><p>{counts}, in {result['seconds'] / 60:.1f} minutes.</p>",
+        f"<h1>{html.escape(name)}</h1><p>{counts}; {minutes:.1f} minutes of trials.</p>",
         again,
         coordinates(shown, space, result["best"], result["recipe"]),
         f"<h2>Trials</h2>{_table(lines, space)}",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from datasets import DataError
 from workers.config import UserError
@@ -32,18 +32,19 @@ def spread(
     A lost task's item is done again: its values come once. Raises DataError as a task did, and
     UserError if the cluster has no room.
     """
-    if here:
+    if here or not items:
         yield from ((n, value) for n, item in enumerate(items) for value in function(shared, item))
         return
     await_room("a worker", {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0})
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = DataContext.get_current()
+    tables = [pa.table({"item": [i], "value": [pickle.dumps(v)]}) for i, v in enumerate(items)]
+    most = min(workers or gpus or len(items), len(items))
+    given = ray.data.from_blocks(tables)
+    context = given.context  # not the caller's own
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # so that each value comes when it is there
     context.execution_options.preserve_order = False
-    tables = [pa.table({"item": [i], "value": [pickle.dumps(v)]}) for i, v in enumerate(items)]
-    most = min(workers or gpus or len(items), len(items))
-    found = ray.data.from_blocks(tables).map_batches(
+    found = given.map_batches(
         _Caller if gpus else _call,
         fn_kwargs={"function": function, "shared": ray.put(shared)},
         batch_size=1,

@@ -7,6 +7,7 @@ is killed. Tune only decides which runs there are, and which of them end early.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from datasets.shards import open_dataset
-from datasets.storage import storage
+from datasets.storage import matching, storage
 from workers import placement
 from workers.config import Config, UserError
 from workers.data import STATISTICS, check_classes, drawn, known_statistics, measured
@@ -57,6 +58,12 @@ class Plan:
     minutes: float | None = None
     stop: Callable[[dict[str, Any]], bool] | None = None
 
+    @property
+    def count(self) -> int:
+        """How many trials there are to be."""
+        grids = [d["grid_search"] for d in self.space.values() if isinstance(d, dict)]
+        return self.samples * math.prod(map(len, grids))
+
 
 def run_trials(
     make: Make,
@@ -73,7 +80,7 @@ def run_trials(
     Raises RunFailed if Tune itself fails.
     """
     _silence()
-    _Told.progress = progress
+    _Told.progress, _Told.total = progress, plan.count
     parallel = plan.parallel or slots()
     pool = Pool.started(parallel, placement.cluster_nodes())
     function = tune.with_parameters(trial, make=make, pool=pool, folder=folder)
@@ -181,7 +188,7 @@ class _Told(tune.Callback):
     from that, so that whom to tell is known by the class.
     """
 
-    progress = Progress()
+    progress, total = Progress(), 0
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
@@ -192,7 +199,7 @@ class _Told(tune.Callback):
         done = sum(other.is_finished() for other in trials)
         self.progress.say(
             f"trial {trial.trial_id}  epoch {result['epoch']}  "
-            f"top-1 error {result['top1_error']:.1%}  ({done} of {len(trials)} trials done)"
+            f"top-1 error {result['top1_error']:.1%}  ({done} of {self.total} trials done)"
         )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -222,7 +229,7 @@ class _Stop(tune.Stopper):
 def _restored(place: str, trainable: Any, progress: Progress) -> Any:
     """Tune as it was when it last wrote down where it is; None if it had not got so far."""
     fs, path = storage(place)
-    if not (tune.Tuner.can_restore(place) and fs.glob(f"{path}/experiment_state-*.json")):
+    if not (tune.Tuner.can_restore(place) and matching(fs, path, "experiment_state-*.json")):
         progress.say("no trial had begun: from the start")
         return None
     tuner = tune.Tuner.restore(place, trainable, resume_errored=True)

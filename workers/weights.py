@@ -18,7 +18,7 @@ from pipeline.weights import packed
 from workers.config import UserError, configure
 from workers.data import classes_of, keep, known_statistics
 from workers.errors import RunFailed
-from workers.initial import read_initial
+from workers.initial import read_initial, recipe_of
 from workers.output import check_output, write_output
 from workers.run import RunFolder
 from workers.trained import Trained, open_trained
@@ -155,24 +155,36 @@ def _onnx(trained: Trained, about: dict[str, str]) -> bytes:
 
 def import_(file: str, run: str, given: dict[str, Any]) -> dict[str, Any]:
     """Makes a run whose checkpoint of step 0 has the weights of a file, from which `towers train
-    --resume` goes on.
+    --resume` goes on. The recipe is the one in the file, if it has one of this network.
 
     Raises UserError if they are not the network's or of other classes than the run's shards, or the
     run is there already; DataError if there are no such shards.
     """
-    config = configure({**given, "run": run, "init": file})
+    recipe = recipe_of(file)
+    if given.get("network", recipe.get("network")) != recipe.get("network"):
+        recipe = {}
+    config = configure({**recipe, **given, "run": run, "init": file})
     initial = read_initial(config)
-    classes = initial.network.classes
+    count = initial.network.classes
     data = open_dataset(config.shards) if config.shards else None
-    if data and len(data.classes) != classes:
+    if data and len(data.classes) != count:
         raise UserError(
-            f"{file} tells {classes} classes apart, {config.shards} has {len(data.classes)}"
+            f"{file} tells {count} classes apart, {config.shards} has {len(data.classes)}"
         )
+    if data and initial.differ(classes_of(data)):
+        assert initial.classes
+        pairs = enumerate(zip(initial.classes.names, data.classes, strict=True))
+        number, (one, other) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+        raise UserError(
+            f"class {number} is {one!r} in {file} and {other!r} in {config.shards}: "
+            "`towers train --init` draws a new last layer for other classes"
+        )
+    classes = classes_of(data) if data else initial.classes
     folder = RunFolder(config, resume=False)
     folder.create()
-    if data:
-        keep(folder.url, classes_of(data), known_statistics(config.image, data.root))
+    if classes:
+        keep(folder.url, classes, known_statistics(config.image, data.root) if data else None)
     initial.begin(folder, config)
     folder.close()
     sha = checkpoint.weights_sha256(folder.checkpoint(0))
-    return {"run": config.run, "classes": classes, "weights_sha256": sha}
+    return {"run": config.run, "classes": count, "weights_sha256": sha}

@@ -123,10 +123,11 @@ def test_classes_and_confusion_add_up() -> None:
     ranks = torch.tensor([0, 1, 0, 6, 0, 2])
     verdicts = Verdicts(labels, predicted, ranks, torch.ones(6, dtype=torch.float64))
     assert verdicts.confusion(4).tolist() == [
-        [1, 1, 0, 0],
-        [0, 1, 0, 0],
-        [0, 0, 0, 0],
-        [2, 0, 0, 1],
+        [0, 0, 1],
+        [0, 1, 1],
+        [1, 1, 1],
+        [3, 0, 2],
+        [3, 3, 1],
     ]
     assert verdicts.by_class(4) == [
         {"images": 2, "top1_error": 0.5, "top5_error": 0.0},

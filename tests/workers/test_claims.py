@@ -14,7 +14,7 @@ from workers.cli import main
 from workers.config import configure
 from workers.counts import COUNTS
 from workers.experiments import Scale, _Lab, _on, _trained_line
-from workers.history import History
+from workers.history import History, read_history
 from workers.progress import Progress
 
 LRN, RELU = CLAIMS["lrn"], CLAIMS["relu"]
@@ -70,6 +70,23 @@ def test_the_interval_is_students() -> None:
     # Several networks averaged are one figure against those of each.
     alone = judge(CLAIMS["averaging"], [0.20], [0.30, 0.31, 0.32])
     assert alone.high - alone.figure == pytest.approx(4.30 * 0.01 * (1 + 1 / 3) ** 0.5)
+
+
+def test_a_history_has_what_was_done_again_once(tmp_path: Path) -> None:
+    """A run that lost a process after step 30, and went on from 15."""
+    step = {"event": "start", "step": 0}
+    events = [{**step, "time": 0}, {**step, "step": 15, "time": 40}]
+    events.append({"event": "end", "time": 90, "top1_error": 0.5})
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    lines = [(10, 10, 1.0), (20, 20, 1.0), (30, 30, 1.0), (60, 27, 1.2), (70, 39, 1.2)]
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for time, at, seconds in lines:
+            line = {"split": "train", "time": time, "step": at, "seconds": seconds}
+            line |= {"images_per_second": 1000.0, "top1_error": 0.5}
+            file.write(json.dumps(line) + "\n")
+    history = read_history(f"{tmp_path}", goal=False)
+    assert [at for at, _ in history.curve] == [10, 27, 39]
+    assert history.step_seconds == pytest.approx(0.1)
 
 
 def test_runs_are_compared_by_their_seeds(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from workers.cli import main, parser
+from workers.output import write_output
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +79,60 @@ def test_json_comes_last_whatever_the_command(
     assert told == {"run": f"{tmp_path}", "augmenters": "2:3"}
     assert main(["completion", "bash", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["shell"] == "bash"
+
+
+def test_a_run_that_has_ended_is_not_said_to_look(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.toml").touch()
+    for event, said in (("start", "as soon as the run looks"), ("end", "if it is resumed")):
+        (tmp_path / "events.jsonl").write_text(json.dumps({"event": event}) + "\n")
+        assert main(["scale", f"{tmp_path}", "--augmenters", "2:3"]) == 0
+        assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [
+        ("print('done'); return 0", 0),  # its work was done
+        ("[print('x' * 9999) or sys.stdout.flush() for _ in range(99)]; return 0", 1),
+        ("raise ConnectionResetError('a store')", 1),
+    ],
+)
+def test_work_that_a_closed_pipe_ended_is_not_called_done(source: str, code: int) -> None:
+    program = f"import sys\nfrom workers import cli\ndef run(args):\n    {source}\n"
+    program += "def add(commands): cli.completion.command(commands, 'x', 'x', 'x', run)\n"
+    program += "cli.training.add = add\nsys.exit(cli.main(['x']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as job:
+        assert job.stdout
+        assert job.stderr
+        job.stdout.close()
+        said = job.stderr.read().decode()
+    assert job.returncode == code
+    store = "towers: a store failed, again and again: a store\n"
+    assert said == (store if "a store" in source else "")
+
+
+def test_what_is_written_to_is_no_file_or_a_link(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(b"before")
+    (tmp_path / "link").symlink_to("file")
+    heard: list[bytes] = []
+    reader = threading.Thread(target=lambda: heard.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    for name in ("pipe", "link"):
+        write_output(f"{tmp_path}/{name}", b"now")
+    reader.join(10)
+    assert heard == [b"now"]
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"now"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "pipe"]
 
 
 @pytest.fixture

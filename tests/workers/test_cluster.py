@@ -14,6 +14,7 @@ import pytest
 START = """
 import os, signal, time
 import ray
+signal.signal(signal.SIGTERM, lambda *_: print("ours"))
 from workers.cluster import connected
 try:
     with connected():
@@ -22,6 +23,7 @@ try:
         time.sleep(60)
 except KeyboardInterrupt:
     print("interrupted")
+os.kill(os.getpid(), signal.SIGTERM)
 """
 
 
@@ -50,8 +52,9 @@ def test_a_cluster_that_was_killed_is_not_looked_for_and_ours_ends_in_order(nobo
         (Path(folder) / "ray").mkdir()
         (Path(folder) / "ray" / "ray_current_cluster").write_text(nobody)
         done = start(RAY_TMPDIR=folder)
-    # Terminated, it ends as if interrupted, where Ray would print a stack trace.
-    assert (done.stdout, done.stderr) == ("1\ninterrupted\n", "")
+    # Terminated, it ends as if interrupted, where Ray would print a stack trace; after it the
+    # caller's own handler is back.
+    assert (done.stdout, done.stderr) == ("1\ninterrupted\nours\n", "")
 
 
 def test_a_named_cluster_that_does_not_answer_is_named(nobody: str) -> None:

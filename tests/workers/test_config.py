@@ -39,6 +39,16 @@ def test_a_shorter_run_keeps_the_shape_of_its_schedule() -> None:
     assert half.drops == tuple(drop / 2 for drop in recipe["drops"])
 
 
+def test_so_does_a_longer_run_of_a_file_but_not_one_that_goes_on(tmp_path: Path) -> None:
+    file = f"{tmp_path}/config.toml"
+    base = configure({"epochs": 8, "drops": (2.125, 6.0)})
+    Path(file).write_text(base.to_toml())
+    assert configure({}, file).drops == (2.125, 6.0)
+    assert configure({"epochs": 16}, file).drops == (4.25, 12.0)
+    assert configure({"epochs": 16, "drops": (3.0,)}, file).drops == (3.0,)
+    assert configure({"epochs": 16}, file, goes_on=True).drops == (2.125, 6.0)
+
+
 def test_every_field_has_a_sentence() -> None:
     for field in dataclasses.fields(Config):
         assert field.metadata["help"].endswith("."), field.name

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ray.data import DataContext
 
 from datasets import DataError
 from datasets.drawn import draw
@@ -62,10 +63,12 @@ def test_it_finds_what_training_measured(run: str, capsys: pytest.CaptureFixture
 
 
 def test_any_number_of_workers_finds_the_same(run: str, other: str, data: str) -> None:
+    blocks = DataContext.get_current().target_max_block_size
     results: list[dict[str, Any]] = [
         evaluate([run, other], data=data, weights=[3, 1], workers=n) for n in (1, 3)
     ]
     assert results[0] == results[1]
+    assert DataContext.get_current().target_max_block_size == blocks  # the caller's own
     assert results[0]["images"] == 700
     assert [line["step"] for line in results[0]["runs"]] == [6, 0]
     alone, average = results[0]["runs"][0], results[0]

@@ -13,8 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datasets.drawn import CLASSES
+from datasets.drawn import CLASSES, draw
+from datasets.images import encode
+from datasets.shards import write_manifest, write_split
 from workers.cli import main
+from workers.config import UserError, configure
+from workers.data import kept_classes
 from workers.trained import open_trained
 from workers.weights import export, import_
 
@@ -61,6 +65,33 @@ def test_onnx_takes_any_number_of_images_and_knows_the_classes(
         exec(use, made)
         np.testing.assert_allclose(made["logits"], classifier.logits(crops(n)), rtol=0, atol=1e-4)
         assert json.loads(made["names"]) == list(CLASSES)
+
+
+def test_an_exported_network_comes_back_as_it_was(
+    trained: Path, shards: str, tmp_path: Path
+) -> None:
+    """With its recipe and its classes; whoever names another network means that."""
+    export(str(trained / "run"), f"{tmp_path}/w.pt")
+    odd = {"network": "alexnet-mini", "activation": "tanh", "image": 80, "rate": 0.005}
+    import_(f"{tmp_path}/w.pt", f"{tmp_path}/odd", {**odd, "shards": shards})
+    file = f"{tmp_path}/odd.safetensors"
+    export(f"{tmp_path}/odd", file)
+    import_(file, f"{tmp_path}/again", {})
+    found = configure({}, f"{tmp_path}/again/config.toml")
+    assert {name: getattr(found, name) for name in odd} == odd
+    classes = kept_classes(f"{tmp_path}/again")
+    assert classes
+    assert classes.names == CLASSES
+    import_(file, f"{tmp_path}/relu", {"activation": "relu"})
+    assert configure({}, f"{tmp_path}/relu/config.toml").image == 80
+    with pytest.raises(UserError, match=r"fc4.bias is missing"):
+        import_(file, f"{tmp_path}/other", {"network": "cifar"})
+
+    folder, names = f"{tmp_path}/turned", CLASSES[::-1]
+    records = [(encode(draw(0, "train", n)[0]), f"{n}", n) for n in range(10)]
+    write_manifest(folder, {"train": write_split(folder, "train", records, names)}, names)
+    with pytest.raises(UserError, match=rf"class 0 is '{CLASSES[0]}' in .* and '{names[0]}' in"):
+        import_(file, f"{tmp_path}/wrong", {"shards": folder})
 
 
 def test_what_cannot_be_exported_is_told_and_leaves_no_file(

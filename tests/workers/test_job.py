@@ -23,6 +23,9 @@ from typing import Any
 import pytest
 import ray
 
+from workers.config import UserError
+from workers.jobs import package_size
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PYTHON = '"{}.{}.'.format(*sys.version_info)  # as the dashboard begins to tell it
@@ -323,9 +326,19 @@ def test_a_cluster_of_another_version_is_told(
     assert done.stderr.count("\n") == 1
 
 
+def test_a_package_that_ray_does_not_take_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights.pt").write_bytes(os.urandom(2 << 20))
+    assert package_size(f"{tmp_path}") > 2 << 20
+    monkeypatch.setattr("ray._private.runtime_env.packaging.GCS_STORAGE_MAX_SIZE", 1 << 20)
+    with pytest.raises(UserError, match="makes a package of 2 MiB, and Ray takes less than 1: "):
+        package_size(f"{tmp_path}")
+
+
 def test_a_cluster_that_is_not_there_is_told(environment: dict[str, str], tmp_path: Path) -> None:
     address = f"http://127.0.0.1:{free_port()}"
-    done = towers(environment, tmp_path, "jobs", "--address", address)
+    done = towers(environment, tmp_path, "jobs", "--address", address.removeprefix("http://"))
     assert done.returncode == 2
     assert done.stderr.startswith(f"towers: no Ray cluster at {address}: ")
     assert done.stderr.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator
@@ -98,15 +99,31 @@ def test_the_best_recipe_is_compared_from_other_seeds(
     found: dict[str, Any], tmp_path: Path
 ) -> None:
     trials = sorted(Path(found["run"], "trials").iterdir())
-    for name, trial in zip(("best", "recipe"), trials, strict=True):
+    for name, trial in zip(("best-a", "recipe"), trials, strict=True):
         shutil.copytree(trial, tmp_path / f"confirm/{name}-seed1")
-    confirmed = confirm(no_config, str(tmp_path), 1, 2, Progress())
+    confirmed = confirm(no_config, str(tmp_path), "a", 1, 2, Progress())
     best, recipe = (read_history(str(trial), goal=False).top1_error for trial in trials)
     assert confirmed == {"best": [best], "recipe": [recipe], "lower": recipe - best}
 
 
 def no_config(name: str, run: str, seed: int) -> Config:
     raise AssertionError(f"{run} is run again")
+
+
+def test_runs_are_compared_from_the_seeds_that_both_ended_from(tmp_path: Path) -> None:
+    for name, seed, error in (
+        *(("best-a", 1, 0.3), ("best-a", 2, 0.2), ("best-a", 4, 0.4)),
+        *(("recipe", 1, 0.5), ("recipe", 3, 0.9), ("recipe", 4, 0.5)),
+        ("best-b", 2, 0.1),  # of another search's end
+    ):
+        run = tmp_path / f"confirm/{name}-seed{seed}"
+        run.mkdir(parents=True)
+        (run / EVENTS).write_text(json.dumps({"event": "end", "top1_error": error}) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workers.confirm.run_all", lambda *args, **named: {})  # they fail
+        found = confirm(lambda *_: configure({}), f"{tmp_path}", "a", 4, 2, Progress())
+    assert (found["best"], found["recipe"]) == ([0.3, 0.2, 0.4], [0.5, 0.9, 0.5])
+    assert found["lower"] == pytest.approx(0.15)  # of 1 and 4
 
 
 def test_two_runs_are_side_by_side_and_share_the_fleet(found: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ def _train(args: argparse.Namespace) -> int:
         if "init" in said:
             raise UserError("--init has no effect with --resume: RUN has weights")
         file = f"{locate(said['run'])}/config.toml"
-    config = configure(said, file)
+    config = configure(said, file, goes_on=resume)
 
     def work(deaths: int = 0, progressed: Callable[[], object] | None = None) -> int:
         from workers.errors import ClusterLost
@@ -87,8 +87,9 @@ def _scale(args: argparse.Namespace) -> int:
 
     augmenters = configure({"augmenters": args.augmenters, "run": NOWHERE}).augmenters
     run = locate(args.run)
-    write_scale(run, augmenters)
-    text = f"{args.run}: {augmenters} augmenters, as soon as the run looks"
+    goes_on = write_scale(run, augmenters)
+    when = "as soon as the run looks" if goes_on else "if it is resumed: the run has ended"
+    text = f"{args.run}: {augmenters} augmenters, {when}"
     return show(args, text, {"run": run, "augmenters": augmenters})
 
 
