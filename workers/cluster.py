@@ -29,7 +29,7 @@ def connected() -> Iterator[None]:
         with _kept():
             yield
         return
-    before = signal.getsignal(signal.SIGTERM)  # which Ray replaces
+    before = signal.getsignal(signal.SIGTERM)  # which Ray replaces, and resets at its end
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # When a tower dies its peers fail too; one line says so, not a traceback of each.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
@@ -42,17 +42,17 @@ def connected() -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"no Ray cluster at {address}: {reason}") from None
     try:
-        with _interruptible(before), _kept():
+        with _interruptible(), _kept():
             yield
     finally:
         ray.shutdown()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @contextmanager
-def _interruptible(before: Any) -> Iterator[None]:
-    """Within it SIGTERM is a KeyboardInterrupt: Ray would end the process with a stack trace. After
-    it, it is what it was `before`.
-    """
+def _interruptible() -> Iterator[None]:
+    """Within it SIGTERM is a KeyboardInterrupt. Ray would end the process with a stack trace."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -64,7 +64,7 @@ def _interruptible(before: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

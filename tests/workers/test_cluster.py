@@ -24,6 +24,7 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(1)
 """
 
 

@@ -130,11 +130,14 @@ def test_shards_need_no_label_column(trained: Path, tmp_path: Path) -> None:
         (["--data", "DATA"], "--data needs --output FILE.parquet"),
         (["a.jpg", "--output", "x"], "--output has no effect without --data"),
         (["a.jpg", "--on-error", "skip"], "--on-error has no effect without --data"),
-        (["--data", "DATA", "--output", "no/x"], "no/x cannot be written: No such file"),
-        (["--data", "DATA", "--output", "."], "is a folder; name a file in it"),
-        (["--data", "DATA", "--output", "x", "--split", "val"], "no split 'val'; it has test"),
-        (["--data", "DATA", "--output", "x", "--workers", "0"], "workers is 0: at least 1"),
-        (["--data", "DATA", "--output", "x"], "row 2: the image (8 bytes) does not decode"),
+        (["--data", "DATA", "--output", "no/x.parquet"], "no/x.parquet cannot be written: No such"),
+        (["--data", "DATA", "--output", "x"], "x: a name that ends in .parquet is wanted"),
+        (
+            ["--data", "DATA", "--output", "x.parquet", "--split", "val"],
+            "no split 'val'; it has test",
+        ),
+        (["--data", "DATA", "--output", "x.parquet", "--workers", "0"], "workers is 0: at least 1"),
+        (["--data", "DATA", "--output", "x.parquet"], "row 2: the image (8 bytes) does not decode"),
     ],
 )
 def test_a_mistake_is_one_line_exit_2_and_no_file(
