@@ -165,7 +165,9 @@ def test_a_starved_run_gets_augment_nodes_which_go_when_it_ends(
     nodes: Callable[[int], None], environment: dict[str, str], large_shards: str, tmp_path: Path
 ) -> None:
     options = ["--network", "alexnet-mini", "--batch", "32", "--epochs", "1000", "--device", "cpu"]
-    options += ["--augmenters", "1:9", "--log-every", "1", "--run", str(tmp_path / "run")]
+    # Without a cache one augmenter is too few in later epochs too.
+    options += ["--augmenters", "1:9", "--cache", "0", "--log-every", "1"]
+    options += ["--run", str(tmp_path / "run")]
     with subprocess.Popen(
         [f"{BIN}/towers", "train", large_shards, *options],
         env=environment,
