@@ -177,7 +177,9 @@ class _Run:
             raise cause from None
         kind = type(cause).__name__
         text = (str(cause).strip().splitlines() or ["no message"])[0]
-        lost = actors.lost(cause)
+        from pipeline.training import NotANumber  # torch, which is there by now
+
+        lost = [] if isinstance(cause, NotANumber) else actors.lost(cause)
         if not lost:
             said = f"{kind}: {textwrap.shorten(text, 300)}; {state}"
             raise RunFailed(said) from error

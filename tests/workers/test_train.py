@@ -50,9 +50,9 @@ def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 @pytest.fixture(scope="module")
 def longer(shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The weights after the first 30 steps of 20 epochs."""
+    """The weights after the first 30 steps of 20 epochs, by one tower actor."""
     folder = tmp_path_factory.mktemp("longer") / "run"
-    sha: str = run(folder, shards, epochs=20, steps=30)["weights_sha256"]
+    sha: str = run(folder, shards, epochs=20, steps=30, towers=1)["weights_sha256"]
     return sha
 
 
@@ -206,7 +206,10 @@ def test_a_run_out_of_restarts_fails_and_is_resumed(
     longer: str, shards: str, tmp_path: Path, processes: Callable[[str], list[int]]
 ) -> None:
     # An epoch has three steps, and its checkpoint waits for the one before to be complete.
-    killer, given = Killer({8: "ray::TowerActor"}, processes), {"epochs": 20, "steps": 30}
+    killer, given = (
+        Killer({8: "ray::TowerActor"}, processes),
+        {"epochs": 20, "steps": 30, "towers": 1},
+    )
     with pytest.raises(RunFailed, match=r"died, once too often; the last checkpoint is of step \d"):
         run(tmp_path / "run", shards, killer, restarts=0, log_every=1, **given)
     result = train(configure({}, f"{tmp_path}/run/config.toml"), resume=True)
@@ -270,7 +273,7 @@ def test_a_fleet_is_scaled_without_touching_the_towers(
     longer: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.supervisor.LOOK_SECONDS", 0.1)
-    given = {"epochs": 20, "steps": 30, "log_every": 1, "augmenters": "1:1"}
+    given = {"epochs": 20, "steps": 30, "towers": 1, "log_every": 1}
     scaler = Scaler(tmp_path / "run", {4: "2:2", 14: "1:2"})
     result = run(tmp_path / "run", shards, scaler, **given)
     assert not scaler.when
@@ -296,13 +299,14 @@ class Terminator(Killer):
 def test_a_terminated_run_keeps_a_checkpoint_and_goes_on(
     longer: str, shards: str, tmp_path: Path, processes: Callable[[str], list[int]]
 ) -> None:
+    given = {"epochs": 20, "towers": 1}
     for step in (3, 10):  # at an epoch's end, where there is one anyway, and amid one
         terminator = Terminator({step: ""}, processes)
         with pytest.raises(RunFailed, match=r"stopped by SIGTERM at step \d+, of which a check"):
-            run(tmp_path / "run", shards, terminator, log_every=1, epochs=20, resume=step > 3)
+            run(tmp_path / "run", shards, terminator, log_every=1, resume=step > 3, **given)
         assert checkpoints(f"{tmp_path}/run")[-1] >= step
     # The same data and schedule to another end: what was done so far is what it would have done.
-    again = run(tmp_path / "run", shards, resume=True, epochs=20, steps=30)
+    again = run(tmp_path / "run", shards, resume=True, steps=30, **given)
     assert again["weights_sha256"] == longer
 
 
