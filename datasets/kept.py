@@ -19,7 +19,7 @@ from datasets.fetch import Entry, entries_of
 from datasets.layout import Dataset
 from datasets.shards import WORK, read_manifest
 from datasets.statistics import Sums
-from datasets.storage import parquet, persistent, storage, writable, write_whole
+from datasets.storage import parquet, persistent, remove, storage, writable, write_whole
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def keep(plan: Preparation, tables: dict[str, Any], before: dict[str, Any] | Non
                 f"or remove {plan.url.rstrip('/')}/{WORK}"
             )
         if fs.exists(f"{root}/{WORK}"):  # of which nothing says whose it is
-            fs.rm(f"{root}/{WORK}", recursive=True)
+            remove(fs, f"{root}/{WORK}")
         fs.makedirs(f"{root}/{WORK}", exist_ok=True)
         for split, table in tables.items():
             path = f"{root}/{WORK}/{split}.parquet"
@@ -131,7 +131,7 @@ def complete(plan: Preparation) -> bool:
         return False
     fs, root = storage(plan.url)
     if _begun(fs, f"{root}/{WORK}/plan.json") in made.values():
-        fs.rm(f"{root}/{WORK}", recursive=True)
+        remove(fs, f"{root}/{WORK}")
     return True
 
 

@@ -26,7 +26,7 @@ from datasets.layout import Shard
 from datasets.shards import WORK, Encoded, read_manifest, row_groups, write_manifest, write_shard
 from datasets.sources import Source, plain
 from datasets.statistics import Sums
-from datasets.storage import storage, whole
+from datasets.storage import remove, storage, whole
 
 SHARD_BYTES = 256 << 20
 GROUP_BYTES = 2 << 20  # of images in a row group: what the stream reads at once
@@ -161,7 +161,7 @@ def finish(plan: Preparation) -> dict[str, Any]:
         words=plan.words,
         prepared={**before.get("prepared", {}), **dict.fromkeys(plan.shards, plan.digest)},
     )
-    fs.rm(f"{root}/{WORK}", recursive=True)
+    remove(fs, f"{root}/{WORK}")
     return read_manifest(plan.url) or {}
 
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from glob import has_magic
 from pathlib import PurePath
 from typing import Any, TypeVar
 
@@ -117,6 +118,18 @@ def matching(fs: Any, folder: str, pattern: str) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(name for name in found if fnmatchcase(name.rpartition("/")[2], pattern))
+
+
+def remove(fs: Any, folder: str) -> None:
+    """Removes a folder and all in it. Raises FileNotFoundError if it is not there."""
+    if isinstance(fs, LocalFileSystem) or not has_magic(folder):
+        fs.rm(folder, recursive=True)
+        return
+    # fsspec would take the name for a pattern.
+    for file in fs.find(folder):
+        fs.rm_file(file)
+    with suppress(OSError, NotImplementedError):
+        fs.rmdir(folder)  # which a store without folders has not
 
 
 def address(fs: Any, path: str) -> str:

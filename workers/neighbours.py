@@ -23,7 +23,7 @@ from datasets.images import Pixels, decode
 from datasets.layout import Dataset
 from datasets.rows import Rows
 from datasets.shards import open_dataset
-from datasets.storage import matching, storage, write_whole
+from datasets.storage import matching, remove, storage, write_whole
 from workers.cluster import connected
 from workers.config import UserError
 from workers.data import training_data
@@ -154,7 +154,7 @@ def _build(
         if fs.exists(path):
             with suppress(FileNotFoundError):  # first: what is left may be half of it
                 fs.rm_file(f"{path}/{ABOUT}")
-            fs.rm(path, recursive=True)
+            remove(fs, path)
         fs.makedirs(path, exist_ok=True)
     check_output(f"{index}/{ABOUT}")
     here = only_here(dataset.root, index)

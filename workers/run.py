@@ -15,7 +15,7 @@ import ray
 from fsspec.implementations.local import LocalFileSystem
 
 from datasets import DataError
-from datasets.storage import matching, storage, write_whole
+from datasets.storage import matching, remove, storage, write_whole
 from pipeline.mesh import Mesh
 from pipeline.tracing import Span, chrome
 from workers.config import Config, UserError, read
@@ -168,7 +168,7 @@ class RunFolder:
             if step not in (*kept, best) and step < kept[-1]:
                 with suppress(FileNotFoundError):  # first: what is left may be half of it
                     self.fs.rm_file(f"{place}/{COMPLETE}")
-                self.fs.rm(place, recursive=True)
+                remove(self.fs, place)
 
 
 def is_run(url: str) -> bool:
