@@ -53,7 +53,7 @@ def child(shards: str, run: str) -> None:
 
     done["import"] = time.time()
     note(ray, "init", "ray")
-    note(supervisor, "statistics_of", "data")
+    note(supervisor, "_job", "data")
     note(placement, "reserve", "room")
     small = {"network": "alexnet-mini", "steps": 2, "log_every": 1}
     supervisor.train(configure({"shards": shards, "run": run, **small}))
