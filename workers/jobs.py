@@ -35,11 +35,12 @@ def connect(address: str) -> JobSubmissionClient:
 
     Raises UserError if nobody answers, the token is missing or wrong, or Ray is another version.
     """
-    if "://" not in address:
-        address = f"http://{address}"  # or Ray would take it for that of its control store
     from ray._private.authentication.authentication_token_setup import (
         maybe_enable_token_auth_if_token_available,
     )
+
+    if "://" not in address:
+        address = f"http://{address}"  # or Ray would take it for that of its control store
 
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):

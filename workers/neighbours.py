@@ -72,9 +72,7 @@ def neighbours(
     files = [file for place in images for file in image_files(place)]
     size, crop = network.shape
     if output:
-        if not output.lower().endswith(".png"):
-            raise UserError(f"{output}: a name that ends in .png is wanted")
-        check_output(output)
+        check_output(output, ".png")
     classifier, features = network.classifier(), []
     for first in range(0, len(files), BATCH):
         some = (read_image(file, size) for file in files[first : first + BATCH])
@@ -122,8 +120,8 @@ def _title(network: Trained, dataset: Dataset, label: int) -> str:
 def _about(network: Trained, dataset: Dataset, split: str, on_error: OnError) -> dict[str, Any]:
     """What the features of an index depend on."""
     shards = [[shard.state(), list(shard.groups)] for shard in dataset.shards(split)]
-    of = {"step": network.step, "data": dataset.root, "split": split, "shards": shards}
-    return {**of, "on_error": on_error}
+    of = {"step": network.step, "data": dataset.root, "split": split}
+    return {**of, "shards": shards, "on_error": on_error}
 
 
 def _kept(index: str) -> dict[str, Any] | None:

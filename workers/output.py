@@ -14,8 +14,12 @@ from datasets.storage import storage, whole, write_whole
 from workers.config import UserError
 
 
-def check_output(url: str) -> None:
-    """Raises UserError if no file can be written to a path or URL: before the work, not after."""
+def check_output(url: str, ending: str = "") -> None:
+    """Raises UserError if no file can be written to a path or URL, or its name has another ending:
+    before the work, not after.
+    """
+    if not url.lower().endswith(ending):
+        raise UserError(f"{url}: a name that ends in {ending} is wanted")
     fs, path = _target(url)
     with writing(url):
         if fs.isdir(path):

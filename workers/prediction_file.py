@@ -17,7 +17,6 @@ from datasets.augmentation import Augmentation, Loader, evaluation_views
 from datasets.shards import open_dataset
 from pipeline.evaluation import best
 from workers.cluster import connected
-from workers.config import UserError
 from workers.output import check_output, written
 from workers.predict import open_known
 from workers.progress import Progress
@@ -71,9 +70,7 @@ def predict_rows(
     views, network = checked_views(crops), open_known(run, step)
     dataset = open_dataset(data, labelled=False)
     split = pick_split(dataset, split)
-    if not output.lower().endswith(".parquet"):
-        raise UserError(f"{output}: a name that ends in .parquet is wanted")
-    check_output(output)
+    check_output(output, ".parquet")
     assert network.classes
     here = only_here(dataset.root)
     with nullcontext() if here else connected():
