@@ -143,7 +143,7 @@ class Trainer:
         sums = self._summed(self._sums(images, step))
         totals = _Later(sums)
         with self.trace.span("optimizer", ""):
-            self.optimizer.step_if(sums[1].isfinite())
+            self.optimizer.step(sums[1].isfinite())
         found = totals.get()
         if not math.isfinite(found.loss):
             raise NotANumber(f"the loss is {found.loss} at step {step}")
@@ -161,7 +161,7 @@ class Trainer:
             batch = (images.crops, images.labels, images.shifts, images.placed)
             draws = [Dropout.key(self.seed, step, name) for name in self._drops]
             return self.graph(batch, draws)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         # Over the hosts: on a GPU it would wait for the step before.
         count = int(self._over_replicas(torch.tensor([images.count])))
         return self._accumulate(images, count, step)

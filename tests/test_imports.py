@@ -53,3 +53,21 @@ def test_pipeline_imports_where_there_is_torch_alone() -> None:
 def test_nothing_is_imported_that_a_start_has_to_wait_for(module: str, absent: set[str]) -> None:
     code = f"import sys, {module}\nassert not {absent} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_first_step_does_without_torchs_compiler() -> None:
+    """Which takes as long to import as the rest of torch."""
+    code = """
+import sys, torch
+from pipeline.network import build
+from pipeline.optimizer import SGD
+from pipeline.tower import Tower
+from pipeline.training import Images, Trainer
+network = build("alexnet-mini", 10)
+tower = Tower(network, seed=0)
+trainer = Trainer(tower, SGD(tower.weights(), rate=0.01), torch.zeros(64, 64, 3), seed=0)
+crops, places = torch.zeros(2, 64, 64, 3, dtype=torch.uint8), torch.arange(2)
+trainer.step(Images(crops, places, torch.zeros(2, 3), places), 0)
+assert not {"torch._dynamo", "torch.distributed.checkpoint"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
