@@ -136,14 +136,15 @@ class Trainer:
         self.mean = mean.to(self.device, next(tower.parameters()).dtype).contiguous()
 
     def step(self, images: Images, step: int) -> Totals:
-        """Trains on a global batch as step number `step`; returns its totals before the step.
+        """Trains on a global batch as step number `step`; returns its totals before the step. A
+        batch without images changes nothing.
 
         Raises NotANumber (on every rank alike), `LabelsDiffer` from the loss.
         """
         sums = self._summed(self._sums(images, step))
         totals = _Later(sums)
         with self.trace.span("optimizer", ""):
-            self.optimizer.step(sums[1].isfinite())
+            self.optimizer.step(sums[1].isfinite() & (sums[0] > 0))
         found = totals.get()
         if not math.isfinite(found.loss):
             raise NotANumber(f"the loss is {found.loss} at step {step}")

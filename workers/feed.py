@@ -138,14 +138,13 @@ class Feed:
         return number != self.streams or self._complete()
 
     def _complete(self) -> bool:
-        """Whether nothing is missing before the end: of its last item one replica may have its
-        part, and another one not.
-        """
-        end = self.end
-        return (
-            end is not None
-            and self.next >= (end, 0)
-            and all(held.part for key, held in self.window.items() if key < (end, 0))
+        """Whether nobody needs anything more of a stream."""
+        return self.end is not None and self._whole(self.end)
+
+    def _whole(self, end: int) -> bool:
+        """Whether all parts of the items before `end` were brought, and none is lost again."""
+        return self.next >= (end, 0) and all(
+            held.part for key, held in self.window.items() if key < (end, 0)
         )
 
     def _room(self) -> bool:
@@ -164,9 +163,9 @@ class Feed:
                 if gone := self.known - alive:
                     self._lose(gone)
                     continue
-                last = self.next[0] >= len(self.fleet.itinerary)
+                done = self._whole(len(self.fleet.itinerary))
                 limit = max(STALL_SECONDS, 4 * self.slowest) * 2 ** min(self.stalls, 4)
-                if last or not self.asked or time.monotonic() - self.moved < limit:
+                if done or not self.asked or time.monotonic() - self.moved < limit:
                     continue
                 self.stalls += 1
                 self._begin()
@@ -185,17 +184,19 @@ class Feed:
         """A list (so that Ray does not resolve them) of the references to a replica's part: its
         pixels, None for a stage that needs none, and the rest. None if the run ends before it.
 
-        Raises what ended the stream, if it ended before this item.
+        It waits for the parts of all replicas: one that had its own would wait for the others where
+        ranks wait for each other, which has a limit, and the fleet may be gone for longer. Raises
+        what ended the stream, if it ended before this item.
         """
         key = index, replica
         with self.there:
             self.asked += 1
             self.there.notify_all()
-            self.there.wait_for(lambda: self._has(key) or self.failure or self._over(index))
+            self.there.wait_for(lambda: self._has(index) or self.failure or self._over(index))
             self.asked -= 1
             if self._over(index):
                 return None
-            if not self._has(key):
+            if not self._has(index):
                 assert self.failure
                 raise self.failure
             held = self.window[key]
@@ -219,8 +220,11 @@ class Feed:
         made = [ray.put(table) for table in pack(part, self.fleet.apart)]
         return [made[0] if pixels else None, made[-1]]
 
-    def _has(self, key: tuple[int, int]) -> bool:
-        return key in self.window and self.window[key].part is not None
+    def _has(self, index: int) -> bool:
+        """Whether each part of an item is here, or was taken by all who need it."""
+        keys = [(index, replica) for replica in range(self.fleet.replicas)]
+        held = [self.window[key] for key in keys if key in self.window]
+        return keys[-1] < self.next and all(one.part for one in held)
 
     def _over(self, index: int) -> bool:
         return self.end is not None and index >= self.end

@@ -20,7 +20,7 @@ from workers.supervisor import train
 
 GIVEN = {
     "network": "alexnet-mini",
-    "batch": 32,
+    "batch": 8,
     "epochs": 1000,
     "log_every": 1,
     "augmenters": "1:4",

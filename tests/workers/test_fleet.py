@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -207,21 +208,68 @@ class Late:
             yield index, replica, part
 
 
-def test_a_feed_stops_once_all_replicas_have_the_last_item(shards: str) -> None:
+def test_replicas_get_an_item_once_all_its_parts_are_there(shards: str, cluster: None) -> None:
+    """Or one would wait for the fleet, and another for that one, with a limit."""
     late = Late(fleet(shards, replicas=2, augmenters="1:1"), (2, 1))
     feed, found = Feed(late), []  # type: ignore[arg-type]
     feed.open(0)
-    for key in (0, 0), (0, 1), (1, 0), (1, 1), (2, 0):
+    for key in (0, 0), (0, 1), (1, 0), (1, 1):
         assert feed.take(*key, True)
-    assert feed.stop() == 3
-    rest = threading.Thread(target=lambda: found.append(feed.take(2, 1, True)), daemon=True)
-    rest.start()
+    first = threading.Thread(target=lambda: found.append(feed.take(2, 0, True)), daemon=True)
+    first.start()
+    while (2, 0) not in feed.window:
+        time.sleep(0.01)
+    first.join(0.5)
+    assert not found
     late.due.set()
-    rest.join(60)
+    first.join(60)
     assert found
     assert found[0]
+    assert feed.stop() == 3  # and who has not got it yet does so all the same
+    assert feed.take(2, 1, True)
     assert feed.take(3, 0, True) is None
-    feed.release()
+
+
+class Leaving:
+    """A fleet whose node leaves once all is made, and whose next stream brings nothing."""
+
+    def __init__(self, made: Fleet) -> None:
+        self.made, self.streams = made, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.made, name)
+
+    def stream(self, start: int, watch: Watch) -> Iterator[tuple[int, int, Packed]]:
+        self.streams += 1
+        if self.streams == 1:
+            for index, replica, part in list(self.made.stream(start, watch)):
+                yield index, replica, replace(part, node="gone")
+        elif self.streams == 2:
+            threading.Event().wait()
+        else:
+            yield from self.made.stream(start, watch)
+
+
+def test_a_stream_that_stalls_over_the_last_items_is_started_anew(
+    shards: str, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.feed.STALL_SECONDS", 1.0)
+    leaving = Leaving(fleet(shards, batch=64, epochs=1, augmenters="1:1"))
+    feed, found = Feed(leaving), []  # type: ignore[arg-type]
+    feed.open(0)
+    while leaving.streams < 2:  # its node is missed
+        time.sleep(0.05)
+    assert feed.next == (len(leaving.itinerary), 0)
+
+    def take() -> None:
+        found.extend(feed.take(index, 0, True) for index in range(len(leaving.itinerary)))
+
+    rest = threading.Thread(target=take, daemon=True)
+    rest.start()
+    rest.join(60)
+    assert len(found) == len(leaving.itinerary)
+    assert feed.state()["stalls"] == 1
+    feed.stop()
 
 
 def test_a_feed_stops_all_ranks_at_one_item(shards: str, feeds: Callable[..., Any]) -> None:

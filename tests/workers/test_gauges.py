@@ -22,7 +22,13 @@ def test_prometheus_reads_what_a_run_reports() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ray.init(address="local", num_cpus=1, include_dashboard=False, _metrics_export_port=port)
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        _metrics_export_port=port,
+        _system_config={"metrics_report_interval_ms": 500},
+    )
     try:
         Gauges("runs/one").set("train", {"loss": 2.5, "step": 7, "kind": "train"})
         deadline = time.monotonic() + 60
