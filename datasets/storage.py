@@ -234,6 +234,8 @@ def passing(error: BaseException) -> bool:
     """Whether it may not happen again: what networks raise, not what a local file does."""
     if status := _status(error):
         return status >= 500 or status in (408, 429)
+    if refused(error):
+        return False
     if type(error).__module__.split(".")[0] in _NETWORKS:
         return True
     if isinstance(error, OSError) and error.errno in _TRIED:
@@ -246,7 +248,8 @@ _NETWORKS = ("aiohttp", "botocore", "urllib3", "requests", "httpx", "httpx2")
 
 def refused(error: BaseException) -> bool:
     """Whether a store, or a disk, wants other rights than one has."""
-    return isinstance(error, PermissionError) or _status(error) in (401, 403)
+    rights = isinstance(error, PermissionError) or "Credential" in type(error).__name__
+    return rights or _status(error) in (401, 403)
 
 
 def _status(error: BaseException) -> int | None:

@@ -201,7 +201,7 @@ def _dump(
         dcp.save(state, storage_writer=_storage("Writer", path), process_group=group, no_dist=alone)
     except dcp.api.CheckpointException as error:  # which is no Exception
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise NotSaved(f"{path} cannot be written by rank {rank}: {cause}") from None
+        raise NotSaved(f"{path} cannot be written by rank {rank}: {cause}") from cause
 
 
 def _load(path: str, state: dict[str, Any], *, alone: bool = True) -> None:

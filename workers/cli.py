@@ -45,14 +45,17 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
     except RunFailed as error:
         print(f"towers: {error}", file=sys.stderr)
         return 1
-    except OSError as error:
-        from datasets.storage import passing
+    except Exception as error:
+        from datasets.storage import passing, refused, said
 
         if isinstance(error, BrokenPipeError) and _closed():
             return 1
+        if refused(error):
+            print(f"towers: {said(error)}: check your rights there", file=sys.stderr)
+            return 2
         if not passing(error):
             raise
-        print(f"towers: a store failed, again and again: {error}", file=sys.stderr)
+        print(f"towers: a store failed, again and again: {said(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"towers: interrupted{args.again and f'; {args.again}'}", file=sys.stderr)

@@ -54,7 +54,9 @@ def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> 
     them. Raises UserError that says what is missing.
     """
     beside = max(1, runs)
-    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    marked = [node for node in nodes if TOWERS in node]
+    homes = marked or [node for node in nodes if AUGMENT not in node] or list(nodes)
+    gpus = sum(int(node.get("GPU", 0)) for node in homes)
     device = config.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
@@ -66,13 +68,12 @@ def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> 
     mesh = Mesh(config.replicas, config.stages, towers)
     everyone = mesh.size * beside
     if device == "cuda" and gpus < (mesh.size if mesh.size == 1 else everyone):
+        where = " on nodes for towers" if len(homes) < len(nodes) else ""
         raise UserError(
             f"not enough devices: {mesh.size} towers need {mesh.size} GPUs, the cluster has {gpus}"
-            "; --towers 1 holds both towers in one process, --device cpu does without GPUs"
+            f"{where}; --towers 1 holds both towers in one process, --device cpu does without GPUs"
         )
 
-    marked = [node for node in nodes if TOWERS in node]
-    homes = marked or [node for node in nodes if AUGMENT not in node] or list(nodes)
     if device == "cuda":
         homes = [node for node in homes if node.get("GPU", 0)]
     helpers = [node for node in nodes if AUGMENT in node]
@@ -95,7 +96,13 @@ def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> 
     if helpers:
         augmenter[AUGMENT] = SHARE
     cpus = sum(node.get("CPU", 0) for node in homes) - (0 if apart else least * share)
-    threads = max(1, int(cpus / everyone))
+    left, alone = everyone, []
+    for node in sorted(homes, key=lambda node: -node.get("CPU", 0)):  # as Ray fills them
+        here = min(left, *(int(node.get(k, 0) / need + 1e-9) for k, need in tower.items()))
+        if here:
+            alone.append(node["CPU"] / here)  # none has another node's cores
+            left -= here
+    threads = max(1, int(min(cpus / everyone, *alone)))
     return Placement(mesh, device, tower, augmenter, threads, apart)
 
 

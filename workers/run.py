@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,13 +10,13 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import IO, Any
 
 import ray
 from fsspec.implementations.local import LocalFileSystem
 
 from datasets import DataError
-from datasets.storage import matching, remove, storage, write_whole
+from datasets.storage import matching, passing, persistent, remove, storage, write_whole
 from pipeline.mesh import Mesh
 from pipeline.tracing import Span, chrome
 from workers.config import Config, UserError, read
@@ -41,20 +42,19 @@ class RunFolder:
         self.fs, self.path = storage(self.url)
         self.remote = "://" in self.url
         self.asked = bool(resume)
-        exists = self.fs.exists(f"{self.path}/{CONFIG}")
-        if resume is None:
-            resume = exists
-        if exists and not resume:
-            raise UserError(f"{config.run} already holds a run: --resume it, or name another")
-        if resume and not exists:
+        self.new = not self.fs.exists(f"{self.path}/{CONFIG}")
+        if not self.new and resume is False:
+            raise self._taken()
+        if self.new and resume:
             raise UserError(f"{config.run} holds no run to resume: {CONFIG} is not there")
         self.local = "" if self.remote else self.path  # where files are written
         self._board: Any = None
+        self._claim: IO[bytes] | None = None
 
     def create(self) -> None:
         """Makes the folder what it has to be for the run to start or go on.
 
-        Raises UserError if it cannot be written.
+        Raises UserError if it cannot be written, or another process trains there.
         """
         try:
             self.fs.makedirs(self.path, exist_ok=True)
@@ -62,6 +62,9 @@ class RunFolder:
                 self.local = tempfile.mkdtemp(prefix="towers-run-")
                 for lines in matching(self.fs, self.path, "*.jsonl"):  # none before a publishing
                     self.fs.get_file(lines, f"{self.local}/{lines.rpartition('/')[2]}")
+            self._claim_it()
+            for name in (METRICS, EVENTS):
+                _end_line(f"{self.local}/{name}")
             # What was asked of the run holds on, unless whoever resumes it says otherwise.
             if self.asked:
                 before = read(f"{self.url}/{CONFIG}").get("augmenters")
@@ -69,12 +72,33 @@ class RunFolder:
                     with suppress(FileNotFoundError):
                         self.fs.rm_file(f"{self.path}/{SCALE}")
             self._configure()
+        except UserError:
+            self._clear()
+            raise
         except OSError as error:
             self._clear()
             raise UserError(f"{self.url} cannot be written: {error}") from None
         from tensorboard.summary import Writer
 
         self._board = Writer(f"{self.local}/tensorboard")
+
+    def _claim_it(self) -> None:
+        """Keeps other processes from training in this folder, for as long as this one lives: on
+        stores, which have no locks, only those that begin there too.
+        """
+        self._claim = open(f"{self.local}/{EVENTS}", "ab")  # noqa: SIM115
+        try:
+            fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.url}: another process trains there") from None
+        except OSError:
+            pass  # a file system without locks
+        self.fs.invalidate_cache()
+        if self.new and self.fs.exists(f"{self.path}/{CONFIG}"):
+            raise self._taken()
+
+    def _taken(self) -> UserError:
+        return UserError(f"{self.url} already holds a run: --resume it, or name another")
 
     def _configure(self) -> None:
         """Writes the configuration, at a URL there too: it is what makes a folder a run."""
@@ -101,12 +125,10 @@ class RunFolder:
         """A line of events.jsonl: a start, a restart, a warning, the end."""
         self._append(EVENTS, {"event": kind, **values})
 
-    def count(self, kind: str) -> int:
-        """How many events of a kind there were."""
-        if not os.path.exists(f"{self.local}/{EVENTS}"):
-            return 0
-        with open(f"{self.local}/{EVENTS}") as f:
-            return sum(json.loads(line)["event"] == kind for line in f)
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Those of a kind that there were."""
+        lines = read_lines(self.local, EVENTS)
+        return [line for line in lines if line["event"] == kind]
 
     def profile(self, traces: dict[int, list[Span]], mesh: Mesh) -> None:
         """profile/trace.json for Chrome or Perfetto, profile/schedule.png of one step."""
@@ -130,8 +152,15 @@ class RunFolder:
             f.write(json.dumps({"time": round(time.time(), 3), **line}) + "\n")
 
     def wanted_augmenters(self) -> str:
-        """What `towers scale` asked for last, as MIN:MAX; "" if it did not."""
-        return read_scale(self.url)
+        """What `towers scale` asked for last, as MIN:MAX; "" if it did not, or nobody can tell now:
+        it is asked again.
+        """
+        try:
+            return read_scale(self.url)
+        except Exception as error:
+            if not passing(error):
+                raise
+            return ""
 
     def publish(self) -> None:
         """Copies what was written so far to the run's URL, if it has one."""
@@ -139,14 +168,22 @@ class RunFolder:
             self.fs.put(self.local.rstrip("/") + "/", self.path, recursive=True)
 
     def close(self) -> None:
-        """Ends what `create` began, if it did."""
+        """Ends what `create` began, if it did.
+
+        Raises DataError, naming what is left here, if the store of a run at a URL keeps failing.
+        """
         if self._board:
             self._board.close()
-            self.publish()
-            self._clear()
+            try:
+                persistent(self.url, self.publish)
+            except DataError as error:
+                raise DataError(f"{error}; its lines are in {self.local}") from None
+        self._clear()
 
     def _clear(self) -> None:
-        """Removes this machine's copy of a run at a URL."""
+        """Lets go of the folder, and removes this machine's copy of a run at a URL."""
+        if self._claim:
+            self._claim.close()
         if self.remote and self.local:
             shutil.rmtree(self.local, ignore_errors=True)
 
@@ -169,6 +206,13 @@ class RunFolder:
                 with suppress(FileNotFoundError):  # first: what is left may be half of it
                     self.fs.rm_file(f"{place}/{COMPLETE}")
                 remove(self.fs, place)
+
+
+def _end_line(path: str) -> None:
+    """Removes the half line that a machine's end may have left last in a file."""
+    if os.path.exists(path):
+        with open(path, "r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def is_run(url: str) -> bool:

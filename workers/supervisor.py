@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -17,22 +18,23 @@ from datasets import DataError
 from datasets.plan import Itinerary
 from datasets.shards import Dataset, open_dataset
 from datasets.statistics import Statistics
-from pipeline.tracing import Span
 from workers import cluster, placement
 from workers.cluster import connected
-from workers.config import Config
+from workers.config import Config, UserError
 from workers.data import check_classes, classes_of, drawn, keep, known_statistics, measured
 from workers.errors import RunFailed
 from workers.fleet import Fleet
-from workers.gauges import Gauges
 from workers.initial import read_initial
 from workers.placement import Placement
 from workers.pool import Pool
 from workers.position import position
 from workers.progress import Progress
+from workers.record import Record
 from workers.run import RunFolder
 
 if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
     from workers.actors import Actors
     from workers.towers import Job
 
@@ -133,20 +135,16 @@ class _Run:
         self.deaths = deaths
         self.restarts, self.row = 0, 0  # in all, and since the last checkpoint
         self.made, self.progressed = False, progressed
-        self.evaluations: list[dict[str, Any]] = []
-        self.last: dict[str, Any] = {}
-        self.images = self.seconds = self.stalled = 0.0
-        self.traces: dict[int, list[Span]] = {}
+        self.record = Record(job, folder, progress, self._saved)
         self.stopping, self.stopped = "", False  # the signal that ends the run; whether it is heard
         self.augmenters, self.stalls, self.looked = job.config.augmenters, 0, 0.0
         self.seen: tuple[Any, ...] = ()
-        self.gauges = Gauges(folder.url)
 
     def result(self) -> dict[str, Any]:
         from workers.actors import Actors
 
         while True:
-            group = placement.reserve(self.job.placement, self.fleet.name, self._check)
+            group = self._reserved()
             try:
                 if not self.made:  # a run that found no room leaves no folder behind
                     position(self.folder, self.job)  # nor is one changed that does not fit
@@ -155,7 +153,7 @@ class _Run:
                     del self.begin  # and the weights that it may hold
                     self.made = True
                     if self.deaths:
-                        self.restarts = self.folder.count("lost") + 1
+                        self.restarts = len(self.folder.events("lost")) + 1
                         self._lose(["the supervisor"])
                 with Actors(self.job, self.fleet, group) as actors:
                     try:
@@ -166,13 +164,26 @@ class _Run:
                 if not cluster.lost():  # or nobody answers
                     ray.util.remove_placement_group(group)
 
+    def _reserved(self) -> PlacementGroup:
+        """The place of an attempt. Raises UserError if there is none for the first one, RunFailed
+        for one that goes on.
+        """
+        try:
+            return placement.reserve(self.job.placement, self.fleet.name, self._check)
+        except UserError as error:
+            if not self.made:
+                raise
+            raise RunFailed(f"{error}; {self._kept()}: --resume goes on from there") from None
+
+    def _kept(self) -> str:
+        steps = self.folder.checkpoints()
+        return f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint"
+
     def _judge(self, error: ray.exceptions.RayError, actors: Actors) -> None:
         """Returns if another attempt is due; raises what ends the run otherwise."""
         cause: BaseException | None = error
         while isinstance(cause, ray.exceptions.RayTaskError):
             cause = cause.cause
-        kept = self.folder.checkpoints()
-        state = f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint"
         if isinstance(cause, DataError):
             raise cause from None
         kind = type(cause).__name__
@@ -181,12 +192,13 @@ class _Run:
 
         lost = [] if isinstance(cause, NotANumber) else actors.lost(cause)
         if not lost:
-            said = f"{kind}: {textwrap.shorten(text, 300)}; {state}"
-            raise RunFailed(said) from error
+            why = f"{kind}: {textwrap.shorten(text, 300)}; {self._kept()}"
+            raise RunFailed(why) from error
         self.restarts += 1
         self.row += 1
         if self.row > self.job.config.restarts:
-            raise RunFailed(f"{', '.join(lost)} died, once too often; {state}: --resume") from None
+            why = f"{', '.join(lost)} died, once too often; {self._kept()}: --resume"
+            raise RunFailed(why) from None
         self._lose(lost)
 
     def _lose(self, lost: list[str]) -> None:
@@ -204,34 +216,55 @@ class _Run:
         self.augmenters, self.stalls = self.job.config.augmenters, 0  # as this feed has them
         self.stopped = False
         opened = feed.open.remote(start)  # the fleet starts while the towers build their weights
-        address = ray.get(towers[0].address.remote())
-        joined = ray.get([tower.join.remote(address, resume) for tower in towers])
+        (address,) = self._get([towers[0].address.remote()])
+        joined = self._get([tower.join.remote(address, resume) for tower in towers])
         found = joined[0]
         for why in sorted({one["slow"] for one in joined} - {""}):
             self.folder.event("slow", why=why)
             self.progress.say(f"normalisation is not compiled, and takes far longer: {why}")
-        ray.get(opened)
-        self.evaluations = list(found["evaluations"])
+        self._get([opened])
+        self.record.evaluations = list(found["evaluations"])
+        threads = self.job.placement.threads
+        for had in self.folder.events("start")[-1:]:
+            if had.get("threads", threads) != threads:
+                self.progress.say(
+                    f"towers have {threads} threads each, and had {had['threads']} before: "
+                    "the weights' last bits may be others than without the interruption"
+                )
+        device = self.job.placement.device
         self.folder.event(
-            "start", step=found["step"], mesh=str(mesh), device=self.job.placement.device
+            "start", step=found["step"], mesh=str(mesh), device=device, threads=threads
         )
         self.progress.start(self.job, found["step"])
         for report in actors.reports(start):
             if report:
-                self._take(report, feed)
+                self.record.take(report, feed)
             self._heed(feed)
         steps = self.folder.checkpoints()
         total = itinerary.total_steps
-        judged = not itinerary.held_out or any(e["step"] == total for e in self.evaluations)
+        judged = not itinerary.held_out or any(
+            evaluation["step"] == total for evaluation in self.record.evaluations
+        )
         if not (judged and steps and steps[-1] == total):
             self._check()
         if not steps:
             raise RunFailed("the run ended without a checkpoint")
         last = steps[-1]
         sha = ray.get(towers[0].weights_sha256.remote(self.folder.checkpoint(last)))
-        if self.traces:
-            self.folder.profile(self.traces, mesh)
-        return self._summary(last, sha)
+        return self.record.end(last, sha, self.restarts)
+
+    def _saved(self) -> None:
+        self.row = 0
+        if self.progressed:
+            self.progressed()
+
+    def _get(self, refs: list[Any]) -> list[Any]:
+        """Their values, which a node that is gone may keep one waiting for; signals are heard."""
+        while True:
+            try:
+                return list(ray.get(refs, timeout=1))
+            except ray.exceptions.GetTimeoutError:
+                self._check()
 
     def _check(self) -> None:
         """Raises RunFailed if a signal has ended the run."""
@@ -257,7 +290,7 @@ class _Run:
         if wanted and wanted != self.augmenters:
             self.augmenters = wanted
             ray.get(feed.scale.remote(wanted))
-            self.folder.scaled(wanted)
+            self.record.later(partial(self.folder.scaled, wanted))
             self.progress.say(f"the fleet has {wanted} augmenters from here on")
         state = ray.get(feed.state.remote())
         if state["stalls"] > self.stalls:
@@ -268,59 +301,6 @@ class _Run:
         if fleet != self.seen:
             self.seen = fleet
             self.folder.event("fleet", **{name: state[name] for name in ("augmenters", *PLACES)})
-
-    def _take(self, report: dict[str, Any], feed: Any) -> None:
-        """Acts on one report of a tower."""
-        kind = report.pop("kind")
-        if kind == "train":
-            seconds = report["seconds"]
-            self.seconds += seconds
-            self.images += report["images_per_second"] * seconds
-            self.stalled += report["stall_fraction"] * seconds
-            report["augmenters"] = ray.get(feed.state.remote())["augmenters"]
-            self.last = report
-            self._measured("train", report)
-            self.progress.step(report)
-        elif kind == "evaluation":
-            self.evaluations.append(report)
-            self._measured(str(self.job.itinerary.held_out), report)
-            self.progress.evaluation(report)
-        elif kind == "checkpoint":
-            best = min(self.evaluations, key=lambda e: e["top1_error"], default={}).get("step")
-            self.row = 0
-            if self.progressed:
-                self.progressed()
-            self.folder.event("checkpoint", **report)
-            self.folder.prune(self.job.config.keep, best)
-            self.folder.publish()
-        elif kind == "trace":
-            self.traces[report["rank"]] = report["spans"]
-        elif kind == "skipped":
-            self.folder.event("skipped", **report)
-            for fault in report["faults"]:
-                self.progress.say(f"skipped: {fault}")
-
-    def _measured(self, split: str, report: dict[str, Any]) -> None:
-        self.folder.metrics({"split": split, **report})
-        self.gauges.set(split, report)
-
-    def _summary(self, step: int, sha: str) -> dict[str, Any]:
-        best = self.evaluations[-1] if self.evaluations else self.last
-        result = {
-            "run": self.folder.url,
-            "steps": step,
-            "epochs": round(step / self.job.itinerary.steps_per_epoch, 3),
-            "loss": best.get("loss"),
-            "top1_error": best.get("top1_error"),
-            "top5_error": best.get("top5_error"),
-            "images_per_second": self.images / self.seconds if self.seconds else 0.0,
-            "stall_fraction": self.stalled / self.seconds if self.seconds else 0.0,
-            "weights_sha256": sha,
-            "restarts": self.restarts,
-            "mesh": str(self.job.placement.mesh),
-        }
-        self.folder.event("end", **result)
-        return result
 
 
 @contextmanager

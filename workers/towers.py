@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from datasets.plan import Itinerary
+from datasets.storage import passing
 from pipeline import checkpoint, host, native
 from pipeline.crossing import Pair
 from pipeline.optimizer import SGD
@@ -29,6 +30,7 @@ from workers.run import check_visible, checkpoint_url
 from workers.stream import Stream
 
 REPORT_SECONDS = 1.0
+PAUSES = 1, 5, 25, 125  # seconds between attempts at the last checkpoint, if a store fails
 PROFILED = range(4, 12)  # steps since the start that a profile shows: the first ones warm up
 
 
@@ -196,6 +198,12 @@ class TowerActor:
         if images is None:
             yield from self._save()
         yield from self._written()
+        for pause in PAUSES:  # the last one counts more than the time
+            if self.saved == self.progress["step"]:
+                break
+            time.sleep(pause)
+            yield from self._save()
+            yield from self._written(last=pause == PAUSES[-1])
         if config.profile:
             yield {"kind": "trace", "rank": self.rank, "spans": trace.spans}
 
@@ -227,13 +235,25 @@ class TowerActor:
             return
         self.saved = self.progress["step"]
         path = checkpoint_url(self.job.folder, self.saved)
+        if self.rank == 0:
+            yield {"kind": "saving"}
         self.writer.save(path, self.tower, self.optimizer, self.progress)
 
-    def _written(self) -> Iterator[dict[str, Any]]:
-        """Waits for a checkpoint that is being written, if one is; rank 0 reports it."""
-        if self.writer.finish() and self.rank == 0:
+    def _written(self, last: bool = False) -> Iterator[dict[str, Any]]:
+        """Waits for a checkpoint that is being written, if one is; rank 0 reports it.
+
+        Raises NotSaved if it could not be written, unless a store failed which may be back before
+        the `last` attempt: then there is none of this step, on any rank.
+        """
+        try:
+            report = {"kind": "checkpoint"} if self.writer.finish() else {}
+        except checkpoint.NotSaved as error:
+            if last or not (error.__cause__ and passing(error.__cause__)):
+                raise
+            self.saved, report = -1, {"kind": "unsaved", "why": str(error)}
+        if report and self.rank == 0:
             path = checkpoint_url(self.job.folder, self.saved)
-            yield {"kind": "checkpoint", "step": self.saved, "path": path}
+            yield report if self.saved < 0 else {**report, "step": self.saved, "path": path}
 
     def _due(self, item: Any, itinerary: Itinerary) -> bool:
         """Whether a checkpoint is due after an item: at the end of an epoch and its evaluation,

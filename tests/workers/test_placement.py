@@ -56,6 +56,27 @@ def test_towers_go_to_nodes_set_aside_for_them() -> None:
     assert where.threads == 4
 
 
+@pytest.mark.parametrize(
+    ("nodes", "threads"),
+    [
+        ([{"CPU": 4}] * 10, 2),  # both towers on one of them
+        ([{"CPU": 16}] * 2, 8),
+        ([{"CPU": 16, "GPU": 1}] * 8, 16),
+        ([{"CPU": 64, "GPU": 8}], 31),
+        ([{"CPU": 1}, {"CPU": 8}], 4),
+    ],
+)
+def test_towers_share_the_cores_of_their_node_alone(nodes: list[Node], threads: int) -> None:
+    assert decide(nodes, config()).threads == threads
+
+
+def test_gpus_of_nodes_set_aside_for_others_do_not_count() -> None:
+    nodes: list[Node] = [{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1, "augment": 1}]
+    where = decide(nodes, config())
+    assert (where.device, where.mesh.size) == ("cuda", 1)
+    assert decide([{"CPU": 8}, nodes[1]], config()).device == "cpu"
+
+
 @pytest.mark.parametrize("towers", [None, 1, 2])
 @pytest.mark.parametrize("cpus", [1, 2, 3, 16])
 @pytest.mark.parametrize("runs", [1, 2, 5])
@@ -86,6 +107,11 @@ def test_runs_side_by_side_have_towers_of_their_own_or_fractions_of_a_gpu(
         ([{"CPU": 4, "GPU": 1}], {"towers": 2}, "2 towers need 2 GPUs, the cluster has 1"),
         ([{"CPU": 4}], {"device": "cuda"}, "2 towers need 2 GPUs, the cluster has 0"),
         ([{"CPU": 4, "GPU": 2}], {"replicas": 2}, "4 towers need 4 GPUs, the cluster has 2"),
+        (
+            [{"CPU": 8}, {"CPU": 8, "GPU": 2, "augment": 1}],
+            {"device": "cuda"},
+            "2 towers need 2 GPUs, the cluster has 0 on nodes for towers; --towers 1",
+        ),
         ([{"CPU": 0}], {}, "2 towers and 1 augmenters need at least 0.15, the cluster has 0"),
         ([{"CPU": 1}], {"augmenters": "30:30"}, "not enough CPUs: 2 towers and 30 augmenters"),
     ],

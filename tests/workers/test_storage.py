@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -24,26 +25,42 @@ from datasets.drawn import draw
 from datasets.images import encode
 from datasets.shards import write_manifest, write_split
 from pipeline.checkpoint import read_progress
-from workers.config import configure
+from workers.cli import main
+from workers.config import UserError, configure
 from workers.progress import Progress
-from workers.run import RunFolder, checkpoints, read_scale, write_scale
+from workers.run import RunFolder, checkpoints, read_lines, read_scale, write_scale
 from workers.supervisor import train
 from workers.trained import open_trained
 
 
+class Store:
+    """A server of an object store, which may be away for a while: what it holds outlives that."""
+
+    def __init__(self) -> None:
+        self.server = ThreadedMotoServer("127.0.0.1", 0)
+        self.server.start()
+        self.address = self.server.get_host_and_port()
+
+    def stop(self) -> None:
+        self.server.stop()
+
+    def start(self) -> None:
+        self.server = ThreadedMotoServer(*self.address)
+        self.server.start()
+
+
 @pytest.fixture(scope="module")
-def server() -> Iterator[ThreadedMotoServer]:
-    made = ThreadedMotoServer("127.0.0.1", 0)
-    made.start()
+def store() -> Iterator[Store]:
+    made = Store()
     yield made
     with suppress(Exception):  # the test ended it
         made.stop()
 
 
 @pytest.fixture(scope="module")
-def bucket(server: ThreadedMotoServer) -> Iterator[str]:
+def bucket(store: Store) -> Iterator[str]:
     """A bucket on a server of our own, with a Ray whose processes know where it is."""
-    host, port = server.get_host_and_port()
+    host, port = store.address
     known = {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "testing",
@@ -73,27 +90,123 @@ def bucket(server: ThreadedMotoServer) -> Iterator[str]:
     fsspec.filesystem("s3").clear_instance_cache()
 
 
+class Outages(Progress):
+    """Ends a store's server after a step for some seconds, and after a later one for good."""
+
+    def __init__(self, store: Store, steps: list[int], seconds: float) -> None:
+        super().__init__()
+        self.store, self.steps, self.seconds = store, steps, seconds
+        self.again: list[threading.Timer] = []
+
+    def step(self, report: dict[str, Any]) -> None:
+        super().step(report)
+        if not self.steps or report["step"] < self.steps[0]:
+            return
+        self.steps.pop(0)
+        for again in self.again:
+            again.join()
+        self.store.stop()
+        if self.steps:
+            self.again.append(threading.Timer(self.seconds, self.store.start))
+            self.again[0].start()
+
+
 def test_shards_and_run_on_an_object_store(
-    bucket: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: str,
+    store: Store,
+    shards: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Whose server is away when the first checkpoints are due: the last one is waited for."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     fs = fsspec.filesystem("s3")
     fs.put(f"{shards}/", "bucket/shards", recursive=True)
     given = {"network": "alexnet-mini", "batch": 64, "epochs": 2, "augmenters": "1:1", "keep": 1}
-    config = configure({**given, "shards": f"{bucket}/shards/", "run": f"{bucket}/run/"})
-    result = train(config)
+    given |= {"shards": f"{bucket}/shards/", "run": f"{bucket}/run/", "log_every": 1}
+    config, published = configure(given), []
+
+    def saved() -> None:
+        fs.invalidate_cache()
+        published.append(fs.cat_file("bucket/run/metrics.jsonl"))
+
+    outages = Outages(store, [1, 1000], 6.0)
+    result = train(config, progress=outages, progressed=saved)
     assert result["steps"] == 6
-    assert 6 in checkpoints(f"{bucket}/run")
+    assert checkpoints(f"{bucket}/run") == [6]
     fs.invalidate_cache()
-    last = json.loads(fs.cat_file("bucket/run/events.jsonl").splitlines()[-1])
-    assert last["weights_sha256"] == result["weights_sha256"]
+    events = [json.loads(line) for line in fs.cat_file("bucket/run/events.jsonl").splitlines()]
+    kinds = [event["event"] for event in events]
+    assert "unsaved" in kinds
+    assert kinds.count("start") == 1  # no restart
+    assert events[-1]["weights_sha256"] == result["weights_sha256"]
+    # Whoever goes on from a checkpoint has all lines before it.
+    lines = [json.loads(line) for line in published[-1].splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if line["split"] == "val"] == [3, 6]
     assert fs.exists("bucket/run/config.toml")
-    assert fs.exists("bucket/run/metrics.jsonl")
     assert open_trained(f"{bucket}/run/").step == 6
     # The same, resumed where it had ended.
     again = train(config, resume=True)
     assert again["weights_sha256"] == result["weights_sha256"]
     assert not list(tmp_path.iterdir())  # what it had put there for a while
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
+    """Also if both began when there was none, or one is to go on while it still does."""
+    config = configure({"network": "alexnet-mini", "run": f"{tmp_path}/run"})
+    first, second = (RunFolder(config, resume=False) for _ in range(2))
+    first.create()
+    with pytest.raises(UserError, match="run: another process trains there"):
+        RunFolder(config, resume=True).create()
+    first.close()
+    with pytest.raises(UserError, match="run already holds a run: --resume it, or name another"):
+        second.create()
+    goes_on = RunFolder(config, resume=True)
+    goes_on.create()
+    goes_on.close()
+
+
+def test_half_a_line_of_a_machine_that_failed_is_dropped(tmp_path: Path) -> None:
+    config = configure({"network": "alexnet-mini", "run": f"{tmp_path}/run"})
+    for resume in False, True, True:
+        folder = RunFolder(config, resume=resume)
+        folder.create()
+        folder.event("start")
+        folder.close()
+        with open(f"{tmp_path}/run/events.jsonl", "a") as file:
+            file.write('{"time": 1.0, "eve')
+    assert len(read_lines(f"{tmp_path}/run", "events.jsonl")) == 3
+
+
+def test_a_fleet_is_asked_for_again_if_the_store_did_not_tell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = RunFolder(configure({"network": "alexnet-mini", "run": "memory://r"}), resume=None)
+
+    def fail(_: str) -> str:
+        raise error
+
+    monkeypatch.setattr("workers.run.read_scale", fail)
+    error: Exception = OSError(errno.EIO, "the store is away")
+    assert folder.wanted_augmenters() == ""
+    error = PermissionError()
+    with pytest.raises(PermissionError):
+        folder.wanted_augmenters()
+
+
+def test_who_has_no_credentials_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "none")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "none")
+    fsspec.filesystem("s3").clear_instance_cache()
+    assert main(["report", "s3://bucket/run"]) == 2
+    assert "towers: Unable to locate credentials" in capsys.readouterr().err
+    fsspec.filesystem("s3").clear_instance_cache()
 
 
 def test_a_run_that_died_before_it_published_a_line_goes_on() -> None:
@@ -105,7 +218,7 @@ def test_a_run_that_died_before_it_published_a_line_goes_on() -> None:
     folder.close()
     again = RunFolder(config, resume=True)
     again.create()
-    assert again.count("start") == 1
+    assert len(again.events("start")) == 1
     again.close()
 
 
@@ -151,32 +264,7 @@ def test_what_is_left_of_a_removed_checkpoint_is_none(
     assert left == [f"/{name}/checkpoints/step-00000002"]
 
 
-class Outages(Progress):
-    """Ends a store's server after a step for some seconds, and after a later one for good."""
-
-    def __init__(self, server: ThreadedMotoServer, steps: list[int], seconds: float) -> None:
-        super().__init__()
-        self.server, self.steps, self.seconds = server, steps, seconds
-        self.again: list[threading.Timer] = []
-
-    def step(self, report: dict[str, Any]) -> None:
-        super().step(report)
-        if not self.steps or report["step"] < self.steps[0]:
-            return
-        self.steps.pop(0)
-        for again in self.again:
-            again.join()
-        host, port = self.server.get_host_and_port()
-        self.server.stop()
-        self.server = ThreadedMotoServer(host, port)  # what it holds outlives it
-        if self.steps:
-            self.again.append(threading.Timer(self.seconds, self.server.start))
-            self.again[0].start()
-
-
-def test_a_store_that_stops_answering(
-    bucket: str, server: ThreadedMotoServer, tmp_path: Path
-) -> None:
+def test_a_store_that_stops_answering(bucket: str, store: Store, tmp_path: Path) -> None:
     """A while is waited for; for good, the run ends and says why, its last checkpoint whole."""
     names = [str(label) for label in range(10)]
     drawn = (draw(0, "train", n) for n in range(1600))
@@ -188,7 +276,7 @@ def test_a_store_that_stops_answering(
     run = f"{tmp_path}/run"
     given = {"network": "alexnet-mini", "batch": 16, "epochs": 1, "augmenters": "1:1"}
     given |= {"checkpoint_every": 5, "log_every": 1, "shards": url, "run": run}
-    outages = Outages(server, [12, 50], 4.0)
+    outages = Outages(store, [12, 50], 4.0)
     with pytest.raises(DataError, match=r"s3://.*the store failed, again and again"):
         train(configure(given), progress=outages)
     assert not outages.steps

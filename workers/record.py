@@ -1,0 +1,101 @@
+"""What the towers report: into the run's folder, onto the terminal, to Prometheus, and the sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from datasets.storage import passing, said
+from pipeline.tracing import Span
+from workers.gauges import Gauges
+from workers.progress import Progress
+from workers.run import RunFolder
+
+if TYPE_CHECKING:
+    from workers.towers import Job
+
+
+class Record:
+    """Of one run; `saved` is called at each checkpoint that is complete."""
+
+    def __init__(
+        self, job: Job, folder: RunFolder, progress: Progress, saved: Callable[[], object]
+    ) -> None:
+        self.job, self.folder, self.progress, self.saved = job, folder, progress, saved
+        self.evaluations: list[dict[str, Any]] = []  # so far, in the order of steps
+        self.traces: dict[int, list[Span]] = {}  # of each rank
+        self._last: dict[str, Any] = {}
+        self._images = self._seconds = self._stalled = 0.0
+        self._gauges = Gauges(folder.url)
+
+    def take(self, report: dict[str, Any], feed: Any) -> None:
+        """Acts on one report of a tower."""
+        kind = report.pop("kind")
+        if kind == "train":
+            seconds = report["seconds"]
+            self._seconds += seconds
+            self._images += report["images_per_second"] * seconds
+            self._stalled += report["stall_fraction"] * seconds
+            report["augmenters"] = ray.get(feed.state.remote())["augmenters"]
+            self._last = report
+            self._measured("train", report)
+            self.progress.step(report)
+        elif kind == "evaluation":
+            self.evaluations.append(report)
+            self._measured(str(self.job.itinerary.held_out), report)
+            self.progress.evaluation(report)
+        elif kind == "saving":
+            self.later(self.folder.publish)  # who goes on from there lacks no line before it
+        elif kind == "checkpoint":
+            best = min(self.evaluations, key=lambda e: e["top1_error"], default={}).get("step")
+            self.saved()
+            self.folder.event("checkpoint", **report)
+            self.later(self.folder.publish)
+            self.later(partial(self.folder.prune, self.job.config.keep, best))
+        elif kind == "unsaved":
+            self.folder.event("unsaved", **report)
+            self.progress.say(f"{report['why']}; training goes on without this checkpoint")
+        elif kind == "trace":
+            self.traces[report["rank"]] = report["spans"]
+        elif kind == "skipped":
+            self.folder.event("skipped", **report)
+            for fault in report["faults"]:
+                self.progress.say(f"skipped: {fault}")
+
+    def later(self, work: Callable[[], object]) -> None:
+        """Does what the next checkpoint makes up for, if a store fails now."""
+        try:
+            work()
+        except Exception as error:
+            if not passing(error):
+                raise
+            self.progress.say(f"{self.folder.url}: the store failed ({said(error)}); later again")
+
+    def end(self, step: int, sha: str, restarts: int) -> dict[str, Any]:
+        """The run's result, which is its last event too; `sha` is of the weights of `step`."""
+        mesh = self.job.placement.mesh
+        if self.traces:
+            self.folder.profile(self.traces, mesh)
+        best = self.evaluations[-1] if self.evaluations else self._last
+        result = {
+            "run": self.folder.url,
+            "steps": step,
+            "epochs": round(step / self.job.itinerary.steps_per_epoch, 3),
+            "loss": best.get("loss"),
+            "top1_error": best.get("top1_error"),
+            "top5_error": best.get("top5_error"),
+            "images_per_second": self._images / self._seconds if self._seconds else 0.0,
+            "stall_fraction": self._stalled / self._seconds if self._seconds else 0.0,
+            "weights_sha256": sha,
+            "restarts": restarts,
+            "mesh": str(mesh),
+        }
+        self.folder.event("end", **result)
+        return result
+
+    def _measured(self, split: str, report: dict[str, Any]) -> None:
+        self.folder.metrics({"split": split, **report})
+        self._gauges.set(split, report)
