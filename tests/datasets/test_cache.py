@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
+import simplejpeg
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -113,9 +115,11 @@ def test_only_so_many_bytes_are_kept(data: Dataset, place: Path, decoded: list[s
     assert file.stat().st_size == 3 * EACH
 
 
-@pytest.mark.parametrize("change", ["pixels", "size", "crop", "classes"])
+@pytest.mark.parametrize(
+    "change", ["pixels", "size", "crop", "classes", "Pillow", "simplejpeg", "start"]
+)
 def test_other_images_are_not_mistaken_for_these(
-    change: str, data: Dataset, decoded: list[str]
+    change: str, data: Dataset, place: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader(data).load(np.arange(8), 0, True)
     aug = AUG
@@ -128,6 +132,13 @@ def test_other_images_are_not_mistaken_for_these(
             aug = Augmentation(20, 16)
         case "classes":
             data = Dataset(data.root, "image", "label", ("a", "b", "c"), 20, data.splits)
+        case "Pillow":
+            monkeypatch.setattr(PIL, "__version__", "0")
+        case "simplejpeg":
+            monkeypatch.setattr(simplejpeg, "__version__", "0")
+        case "start":
+            (place.parent / "boot").write_text("of another start")
+            monkeypatch.setattr(cache, "BOOT", str(place.parent / "boot"))
     seen = [Loader(data, "train", aug, None, seed=0, cache=most) for most in (ALL, 0)]
     assert equal(*(made.load(np.arange(8), 0, True) for made in seen))
     assert len(decoded) == 3 * 8

@@ -178,6 +178,16 @@ def test_a_file_that_changed_is_fetched_again(data: Dataset, fetched: list[int])
     assert len(fetched) == ROWS // PER_GROUP + 2 + 2
 
 
+def test_what_was_kept_before_the_machine_started_is_fetched_again(
+    data: Dataset, tmp_path: Path, fetched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader(data).read(np.arange(4))
+    (tmp_path / "boot").write_text("of another start")
+    monkeypatch.setattr(cache, "BOOT", str(tmp_path / "boot"))
+    assert reader(data).read(np.arange(4)) == Rows(data, "train").read(np.arange(4))
+    assert len(fetched) == 2 + 2 + 2
+
+
 def test_other_columns_are_not_mistaken_for_these(data: Dataset) -> None:
     rows = np.arange(4)
     assert [r.label for r in reader(data).read(rows)] == [0, 1, 0, 1]

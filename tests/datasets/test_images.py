@@ -103,6 +103,13 @@ def test_a_shards_jpeg_has_pillows_own_bytes(more: str) -> None:
     assert standard(data, "x", 16, 95)[0] == want
 
 
+def test_a_shards_jpeg_has_the_quality_that_is_asked_for() -> None:
+    data = encode(ramp(40, 40))
+    for quality in (30, 95):
+        made, pixels = standard(data, "x", 16, quality)
+        assert made == stored(Image.fromarray(pixels), "JPEG", quality=quality)
+
+
 def test_a_jpeg_that_ends_early_is_named() -> None:
     data = encode(ramp(64, 64))
     for end in range(0, len(data) - 2, 97):
@@ -136,9 +143,17 @@ def test_fit(height: int, width: int) -> None:
 
 
 def test_fit_keeps_what_fits_and_cuts_the_centre() -> None:
-    square, wide = ramp(16, 16), ramp(16, 20)
+    square, wide, tall = ramp(16, 16), ramp(16, 20), ramp(20, 16)
     assert (fitted(square, 16) == square).all()
     assert fitted(wide, 16).tolist() == wide[:, 2:18].tolist()
+    assert fitted(tall, 16).tolist() == tall[2:18].tolist()
+
+
+@pytest.mark.parametrize("side", [9, 40])
+def test_fit_scales_bicubically_either_way(side: int) -> None:
+    image = Image.fromarray(ramp(side, side))
+    want = image.resize((16, 16), Image.Resampling.BICUBIC)
+    assert np.asarray(fit(image, 16)).tolist() == np.asarray(want).tolist()
 
 
 def test_fit_is_antialiased() -> None:

@@ -61,12 +61,17 @@ def test_seed_and_epoch_change_the_order() -> None:
 
 
 def test_the_order_is_the_same_for_ever() -> None:
-    """A run that was checkpointed by one version is resumed by the next."""
+    """A promise: a run that one version checkpointed sees the same batches when a later version
+    resumes it. The second plan has the window that all runs have.
+    """
     plan = Plan([4] * 4, 8, seed=0, epoch=0, shuffle=True, window=8)
     assert plan.batch_rows(0).tolist() == FIRST_BATCH
+    plan = Plan([64] * 100, 4, seed=0, epoch=0, shuffle=True)
+    assert plan.batch_rows(0).tolist() == FIRST_OF_A_RUN
 
 
 FIRST_BATCH = [10, 6, 8, 4, 11, 7, 5, 9]
+FIRST_OF_A_RUN = [2093, 3633, 2074, 1984]
 
 
 def test_imagenet_plans_in_less_than_a_second() -> None:
@@ -171,6 +176,12 @@ def test_itinerary_refuses(change: dict[str, object], message: str) -> None:
     arguments = {"train_groups": [3], "held_out": None, "batch": 2, "seed": 0, "epochs": 1} | change
     with pytest.raises(ValueError, match=message):
         Itinerary(**arguments)  # type: ignore[arg-type]
+
+
+def test_an_order_tells_row_groups_apart_that_hold_as_many_rows() -> None:
+    orders = [Itinerary(sizes, None, batch=2, seed=0, epochs=1).order for sizes in ([3, 4], [4, 3])]
+    assert orders[0] != orders[1]
+    assert orders[0]["training images"] == orders[1]["training images"] == 7
 
 
 def test_itinerary_has_no_item_or_step_beyond_its_last() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import resource
 import shutil
 import signal
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import made
@@ -71,6 +73,23 @@ def test_an_image_of_the_right_size_is_not_encoded_again(tmp_path: Path) -> None
     (tmp_path / "x.tar").write_bytes(made.tar_bytes(list(data.items())))
     prepare(f"{tmp_path}/x.tar", tmp_path / "shards", Options(size=16, holdout=0))
     assert sorted(i for _, i in rows(tmp_path / "shards", "train")) == sorted(data.values())
+
+
+def test_rows_are_shuffled(tmp_path: Path) -> None:
+    source = made.make("tar", tmp_path / "source", 60)
+    prepare(source, tmp_path / "shards", Options(size=16, keep=True, holdout=0))
+    given = [(c, data) for c, _, data in made.images(60)]
+    by_class = sorted(given, key=lambda row: row[0])  # as they stand in the archive, or sorted
+    found = rows(tmp_path / "shards", "train")
+    assert found not in (given, by_class)
+    assert sorted(found) == sorted(given)
+
+
+def test_a_shard_takes_so_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.preparation.SHARD_BYTES", 2000)
+    manifest = prepare(made.make("tar", tmp_path / "source"), tmp_path / "shards")
+    stored = sum(len(image) for _, image in rows(tmp_path / "shards", "train"))
+    assert len(manifest["splits"]["train"]) == math.ceil(stored / 2000) > 1
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
@@ -298,6 +317,12 @@ def test_hold_out_is_stratified(labels: list[int], share: float, seed: int) -> N
     assert (chosen == hold_out(array, share, seed)).all()
 
 
+def test_another_seed_holds_out_other_images() -> None:
+    one, other = (hold_out(np.zeros(100, np.int64), 0.1, seed) for seed in (0, 1))
+    assert one.sum() == other.sum() == 10
+    assert (one != other).any()
+
+
 def check(folder: Path) -> tuple[list[str], list[str]]:
     dataset = open_dataset(str(folder), check=False)
     findings, faults = Findings(dataset), []
@@ -348,6 +373,11 @@ def test_validation_finds_what_is_wrong(tmp_path: Path) -> None:
     assert other
     shutil.copy(tmp_path / "other" / "statistics.npz", folder)
     assert "statistics.npz: of 9 other images" in check(folder)[0][0]
+
+    folder = with_damage("mean")  # of as many images, but others
+    kept = Statistics.load(f"{folder}/statistics.npz")
+    replace(kept, mean_image=kept.mean_image + 20).save(f"{folder}/statistics.npz")
+    assert f"statistics.npz: of {kept.images} other images" in check(folder)[0][0]
 
     folder = with_damage("counts")
     manifest = json.loads((folder / "dataset.json").read_text())

@@ -51,6 +51,17 @@ def test_statistics_equal_numpys(n: int) -> None:
     assert (vectors[np.abs(vectors).argmax(axis=0), range(3)] > 0).all()
 
 
+def test_sums_over_large_bright_images_are_exact() -> None:
+    picture = np.random.default_rng(0).integers(200, 256, (256, 256, 3), dtype=np.uint8)
+    flat = picture.reshape(-1, 3).astype(np.int64)
+    assert total(picture[None]).moments.tolist() == (flat.T @ flat).tolist()
+
+
+def test_the_centre_is_the_middle_of_the_mean_image() -> None:
+    (picture,) = images(1, 6)
+    assert total(picture[None]).finish().centre(4).tolist() == picture[1:5, 1:5].tolist()
+
+
 @given(st.permutations(range(12)), st.lists(st.integers(0, 12), max_size=4))
 def test_order_and_parts_change_no_bit(order: list[int], cuts: list[int]) -> None:
     pictures = images(12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,38 @@ def test_what_any_mesh_saved_while_it_trained_every_other_loads(
         answers = on(mesh, read_only)
         assert all(progress == PROGRESS for progress, _ in answers)
         assert_equal(replica([tensors for _, tensors in answers], mesh), want)
+
+
+def test_velocities_come_back_with_the_rate_that_they_belong_to(tmp_path: Path) -> None:
+    ran, resumed = (make_trainer(NETWORK, dtype=torch.float32, rate=r) for r in (0.01, 0.05))
+    ran.step(batch(NETWORK, 4, 0), 0)
+    ran.optimizer.set_rate(0.002)
+    ran.step(batch(NETWORK, 4, 1), 1)
+    checkpoint.save(f"{tmp_path}/c", ran.tower, ran.optimizer, PROGRESS, None)
+    checkpoint.load(f"{tmp_path}/c", resumed.tower, resumed.optimizer, None)
+    for trainer in (ran, resumed):
+        trainer.optimizer.set_rate(0.01)
+        trainer.step(batch(NETWORK, 4, 2), 2)
+    assert_equal(state(resumed), state(ran))
+
+
+def test_a_step_waits_until_the_weights_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, writer = make_trainer(NETWORK, dtype=torch.float32), checkpoint.Writer(None)
+    trainer.step(batch(NETWORK, 4, 0), 0)
+    asked = state(trainer)
+    copied = writer._copied
+
+    def slow(name: str, local: Tensor) -> Tensor:
+        time.sleep(0.05)  # of each, during which a step would be through
+        return copied(name, local)
+
+    monkeypatch.setattr(writer, "_copied", slow)
+    writer.save(f"{tmp_path}/c", trainer.tower, trainer.optimizer, PROGRESS)
+    trainer.step(batch(NETWORK, 4, 1), 1)
+    assert writer.finish()
+    assert_equal(read_only(NETWORK, f"{tmp_path}/c", ALONE)[1], asked)
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])

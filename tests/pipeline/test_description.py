@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import torch
-from ranks import TOWERS, Ranks, batch, make_trainer
 
-from pipeline.description import describe, kept
+from pipeline.description import kept
 from pipeline.network import build
 from pipeline.tower import Dropout, Tower
 
 NETWORK = build("alexnet-mini", 10)
-
-
-def sent(n: int) -> int:
-    """Bytes that this tower sends in a step."""
-    trainer = make_trainer(NETWORK, TOWERS, dtype=torch.float32)
-    trainer.step(batch(NETWORK, n), 0)
-    assert trainer.pair
-    return trainer.pair.bytes_sent
-
-
-def test_towers_send_what_crosses_forward_and_as_much_backward(pair: Ranks) -> None:
-    costs = describe(NETWORK, towers=2, batch=16)
-    loss = 16 * (4 + 8 + 8) + 8  # maxima, sums and targets, ranks, and the labels' checksum
-    assert pair.run(sent, 16) == [2 * sum(cost.sent for cost in costs) + loss] * 2
 
 
 def test_a_forward_pass_keeps_what_is_counted_for_each_image() -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pipeline.evaluation import Classifier, Verdicts, average, best, judge
 from pipeline.loss import cross_entropy
@@ -60,6 +61,12 @@ def test_ten_crops_are_the_mean_of_their_softmax_outputs(tower: Tower, crops: to
     assert found.sum(1).tolist() == pytest.approx([1] * 6, abs=1e-12)
     logits = torch.stack([tower(x[:, k].permute(0, 3, 1, 2), None) for k in range(10)]).mean(0)
     assert (found - logits.softmax(1)).abs().max() > 1e-4  # not the softmax of the mean
+
+
+def test_features_are_what_the_last_layer_reads(tower: Tower, crops: torch.Tensor) -> None:
+    made, weights = classifier(tower), tower.weights()
+    last = F.linear(made.features(crops[:, 0]), weights["fc4.weight"], weights["fc4.bias"])
+    torch.testing.assert_close(last.detach(), made.logits(crops[:, 0]))
 
 
 def test_runs_are_averaged_by_their_weights() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -86,6 +87,29 @@ def test_momenta_are_zeros_before_the_first_step_and_change_nothing() -> None:
         optimizer.step()
     assert all(torch.equal(looked[name], p) for name, p in plain.items())
     assert all((m != 0).all() for m in optimizers[0].momenta().values())
+
+
+def test_whoever_copies_is_asked_before_weights_or_velocities_change() -> None:
+    weights = parameters()
+    optimizer = SGD(weights, rate=0.1)
+
+    def state() -> list[list[float]]:
+        momenta = optimizer.momenta()
+        return [t.tolist() for p in weights.values() for t in (p, momenta[p])]
+
+    for p in weights.values():
+        p.grad = noise(7)
+    optimizer.step()
+    seen: list[list[list[float]]] = []
+    optimizer.before_change = lambda: seen.append(state())
+    for change in (partial(optimizer.set_rate, 0.2), optimizer.step):
+        before = state()
+        change()
+        assert seen == [before]
+        assert state() != before
+        seen.clear()
+    optimizer.set_rate(0.2)  # which changes nothing
+    assert not seen
 
 
 def test_steps_divides_by_ten_at_each_drop() -> None:

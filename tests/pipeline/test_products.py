@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,14 +94,38 @@ def test_others_are_left_as_they_are(dtype: torch.dtype, lacking: None) -> None:
     assert products.wide(x) is x
 
 
-def test_the_processor_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (products.wide(draw(1)).dtype == torch.float32) is products.slow_bfloat16()
-    asked = products.slow_bfloat16.__wrapped__
-    monkeypatch.setattr(products, "lacks_bfloat16", lambda: True)
-    assert asked()
-    monkeypatch.setattr(products, "lacks_bfloat16", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert not asked()
+@pytest.mark.parametrize(
+    ("lacks", "maker", "tiles", "slow"),
+    [
+        (True, "AuthenticAMD", False, True),
+        (True, "GenuineIntel", True, True),
+        (False, "GenuineIntel", False, True),
+        (False, "GenuineIntel", True, False),
+        (False, "AuthenticAMD", False, False),
+    ],
+)
+def test_slow_is_who_lacks_the_instructions_or_has_intels_without_tiles(
+    lacks: bool,
+    maker: str,
+    tiles: bool,
+    slow: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    about = tmp_path / "cpuinfo"
+    about.write_text(f"vendor_id : {maker}\n")
+    monkeypatch.setattr(products, "Path", lambda _: about)
+    monkeypatch.setattr(products, "lacks_bfloat16", lambda: lacks)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert products.slow_bfloat16.__wrapped__() is slow
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_factors_are_widened_where_bfloat16_is_slow(
+    slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "slow_bfloat16", lambda: slow)
+    assert products.wide(draw(1)).dtype == (torch.float32 if slow else HALF)
 
 
 def crossed(slow: bool) -> list[Tensor]:

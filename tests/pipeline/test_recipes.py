@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,8 +37,11 @@ def test_the_default_is_the_papers_recipe() -> None:
     )
 
 
-def test_every_setting_has_its_sentence() -> None:
-    assert all(f.metadata["help"].endswith(".") for f in fields(Recipe))
+def test_the_authors_recipe_is_that_of_their_source() -> None:
+    recipe, paper = Recipe(**RECIPES["alexnet-2012"]()), Recipe()
+    assert (recipe.bias_rate, recipe.decay_bias, recipe.colour_scale) == (2.0, False, "deviations")
+    named = ("network", "bias_rate", "decay_bias", "colour_scale")
+    assert recipe == replace(paper, **{name: getattr(recipe, name) for name in named})
 
 
 def test_a_recipe_hands_its_options_on() -> None:

@@ -89,6 +89,19 @@ def trained(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def longer(shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The weights after the first 30 steps of 20 epochs in peace, by towers of one thread."""
+    small_ray()
+    given = {"network": "alexnet-mini", "shards": shards, "batch": 64, "epochs": 20, "steps": 30}
+    given |= {
+        "augmenters": "1:1",
+        "run": str(tmp_path_factory.mktemp("longer") / "run"),
+    }
+    sha: str = train(configure(given))["weights_sha256"]
+    return sha
+
+
 @pytest.fixture
 def headed(tmp_path: Path) -> Callable[..., Path]:
     """Makes a cluster file whose head is this machine, as `ray up` leaves it to who has `tmp_path`

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from workers.claims import ARMS, CLAIMS, REFUTED, SUPPORTED, UNSHOWN, WEAKER, judge
+from workers.claims import ARMS, CLAIMS, REFUTED, SUPPORTED, T95, UNSHOWN, WEAKER, judge
 from workers.claims_page import claims_page, told
 from workers.cli import main
 from workers.config import configure
@@ -72,21 +74,91 @@ def test_the_interval_is_students() -> None:
     assert alone.high - alone.figure == pytest.approx(4.30 * 0.01 * (1 + 1 / 3) ** 0.5)
 
 
+@pytest.mark.parametrize("freedom", range(1, len(T95) + 1))
+def test_students_t_leaves_one_in_twenty_outside(freedom: int) -> None:
+    n, t = freedom, T95[freedom - 1]
+    x = np.linspace(-t, t, 20_001)
+    scale = math.gamma((n + 1) / 2) / math.gamma(n / 2) / math.sqrt(n * math.pi)
+    inside = np.trapezoid(scale * (1 + x**2 / n) ** (-(n + 1) / 2), x)
+    assert inside == pytest.approx(0.95, abs=6e-4)  # the table is rounded
+
+
+def write_run(folder: Path, lines: list[tuple[float, int, float, float]], *events: Any) -> None:
+    """Files of a run that trained on 1000 images a second, of lines of time, step, seconds and
+    error; it starts at step 0, and `events` follow.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    start = {"event": "start", "step": 0, "time": 0}
+    (folder / "events.jsonl").write_text("".join(f"{json.dumps(e)}\n" for e in (start, *events)))
+    with open(folder / "metrics.jsonl", "w") as file:
+        for time, step, seconds, error in lines:
+            line = {"split": "train", "time": time, "step": step, "seconds": seconds}
+            line |= {"images_per_second": 1000.0, "top1_error": error}
+            file.write(json.dumps(line) + "\n")
+
+
+END = {"event": "end", "time": 90, "top1_error": 0.5}
+
+
 def test_a_history_has_what_was_done_again_once(tmp_path: Path) -> None:
     """A run that lost a process after step 30, and went on from 15."""
-    step = {"event": "start", "step": 0}
-    events = [{**step, "time": 0}, {**step, "step": 15, "time": 40}]
-    events.append({"event": "end", "time": 90, "top1_error": 0.5})
-    (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
     lines = [(10, 10, 1.0), (20, 20, 1.0), (30, 30, 1.0), (60, 27, 1.2), (70, 39, 1.2)]
-    with open(tmp_path / "metrics.jsonl", "w") as file:
-        for time, at, seconds in lines:
-            line = {"split": "train", "time": time, "step": at, "seconds": seconds}
-            line |= {"images_per_second": 1000.0, "top1_error": 0.5}
-            file.write(json.dumps(line) + "\n")
+    again = {"event": "start", "step": 15, "time": 40}
+    write_run(tmp_path, [(*line, 0.5) for line in lines], again, END)
     history = read_history(f"{tmp_path}", goal=False)
     assert [at for at, _ in history.curve] == [10, 27, 39]
     assert history.step_seconds == pytest.approx(0.1)
+
+
+def test_the_goal_is_reached_by_the_mean_of_a_whole_window(tmp_path: Path) -> None:
+    """Of three lines: the first is good by luck, the fourth is so alone."""
+    errors = [(10, 0.1), (20, 0.3), (30, 0.5), (40, 0.1), (50, 0.1)]
+    write_run(tmp_path, [(step, step, 1.0, error) for step, error in errors])
+    history = read_history(f"{tmp_path}", goal=True)
+    assert [error for _, error in history.curve] == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.7 / 3])
+    assert (history.reached, history.done) == (50, True)
+    assert not read_history(f"{tmp_path}", goal=False).done
+
+
+def test_the_rate_is_taken_that_came_to_the_goal_first_or_else_nearest(tmp_path: Path) -> None:
+    arm = ARMS["relu"]
+    assert arm.rates == (0.01, 0.03, 0.1)
+
+    def best(*errors: list[float]) -> float | None:
+        for rate, each in zip(arm.rates, errors, strict=True):
+            lines = [(10.0 * n, 10 * n, 3.0, error) for n, error in enumerate(each, 1)]
+            write_run(tmp_path / f"runs/relu-rate{rate:g}-seed0", lines, END)
+        return _Lab(f"{tmp_path}", Scale(), 3, None, Progress())._best_rate(arm)
+
+    slow, quick, near, far = [0.5, 0.5, 0.2], [0.5, 0.2, 0.2], [0.5, 0.4, 0.3], [0.5, 0.5, 0.4]
+    assert best(slow, quick, near) == 0.03
+    assert best(far, far, near) == 0.1
+
+
+def test_errors_are_measured_by_what_the_claim_compares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(runs: list[str], *, crops: int = 1, split: str = "", **_: Any) -> dict[str, Any]:
+        error = 0.05 if split == "train" else 0.2 if crops == 10 else 0.3
+        return {"runs": [{"run": run, "top1_error": error} for run in runs], "top1_error": 0.1}
+
+    monkeypatch.setattr("workers.experiments.evaluate", evaluate)
+    lab = _Lab(f"{tmp_path}", Scale(), 2, None, Progress())
+    runs = {
+        arm: [
+            History(f"runs/{arm}-seed{seed}", True, [(9, 0.5)], 9, None, math.nan, error)
+            for seed, error in enumerate((0.2, 0.3))
+        ]
+        for arm in ("base", "dropout", "no-dropout")
+    }
+
+    def values(claim: str) -> dict[str, Any]:
+        return lab.measured(CLAIMS[claim], runs)[1]
+
+    gap = pytest.approx([0.2 - 0.05, 0.3 - 0.05])  # over the error on training images
+    assert values("dropout") == {"dropout": gap, "no-dropout": gap}
+    assert values("ten-crops") == {"ten_crops": [0.2, 0.2], "one_crop": [0.3, 0.3]}
+    assert values("averaging") == {"averaged": [0.1], "one_crop": [0.3, 0.3]}
 
 
 def test_runs_are_compared_by_their_seeds(tmp_path: Path) -> None:
@@ -127,6 +199,12 @@ def test_a_ratio_has_to_hold_the_papers_factor() -> None:
     assert (never.verdict, never.bound) == (SUPPORTED, True)
     assert told(RELU, never).startswith("at least 1.9")
     assert judge(RELU, relu, relu, better_reached=False).verdict == UNSHOWN
+
+
+def test_an_arm_that_did_not_come_to_the_goal_refutes_nothing() -> None:
+    slower, faster = [600.0, 610.0, 605.0], [200.0, 210.0, 205.0]
+    assert judge(RELU, slower, faster).verdict == REFUTED
+    assert judge(RELU, slower, faster, worse_reached=False).verdict == UNSHOWN
 
 
 def test_counted_claims_need_no_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

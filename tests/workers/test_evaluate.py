@@ -40,9 +40,9 @@ def other(trained: Path, run: str) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """700 images in row groups of 90: three ranges of rows, the last batches short."""
+    """450 images in row groups of 90: two ranges of rows, the last batches short."""
     folder = str(tmp_path_factory.mktemp("data"))
-    drawn = (draw(7, "val", n) for n in range(700))
+    drawn = (draw(7, "val", n) for n in range(450))
     classes = tuple(f"{n}" for n in range(10))
     records = ((encode(pixels), f"{n}.jpg", label) for n, (pixels, label) in enumerate(drawn))
     shards = write_split(folder, "val", records, classes, rows_per_group=90)
@@ -69,7 +69,7 @@ def test_any_number_of_workers_finds_the_same(run: str, other: str, data: str) -
     ]
     assert results[0] == results[1]
     assert DataContext.get_current().target_max_block_size == blocks  # the caller's own
-    assert results[0]["images"] == 700
+    assert results[0]["images"] == 450
     assert [line["step"] for line in results[0]["runs"]] == [6, 0]
     alone, average = results[0]["runs"][0], results[0]
     assert alone["loss"] != average["loss"]
@@ -102,12 +102,12 @@ def test_the_whole_evaluation_is_kept_in_the_run(run: str, data: str) -> None:
     result = evaluate([run], data=data, crops=10)
     kept = read_evaluation(run)
     assert kept
-    assert (kept["images"], kept["crops"], kept["split"]) == (700, 10, "val")
+    assert (kept["images"], kept["crops"], kept["split"]) == (450, 10, "val")
     assert [c["images"] for c in kept["classes"]] == [70] * 10
     assert kept["classes"][0]["title"] == "disc"  # as the run knows them
-    assert sum(count for *_, count in kept["confusion"]) == 700
+    assert sum(count for *_, count in kept["confusion"]) == 450
     right = sum(count for true, predicted, count in kept["confusion"] if true == predicted)
-    assert right == round(700 * (1 - result["top1_error"]))
+    assert right == round(450 * (1 - result["top1_error"]))
     assert [e["row"] for e in kept["examples"]][::7] == [0, 699]
     assert all(e["best"][0][0] != e["label"] for e in kept["mistakes"])
     assert len(kept["mistakes"]) == 8

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.description import describe, kept
+from pipeline.network import build
 from workers.cli import main
 
 MINI = ("--network", "alexnet-mini", "--batch", "64")
@@ -44,6 +46,34 @@ def test_memory_traffic_and_checkpoint(
         assert [line[part] == 0 for line in mesh["memory"]] == [True, False]
     assert mesh["step_bytes"]["stages"] == [64 * 128 * 13 * 13 * 4]  # forward alone
     assert mesh["step_bytes"]["replicas"] == mesh["memory"][1]["gradients"]
+
+
+def test_what_is_counted_follows_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    network = build("alexnet", 1000)
+    costs = describe(network, batch=128)
+
+    def planned(*options: str) -> dict[str, Any]:
+        return plan(capsys, "--images", "12800", *options)
+
+    whole = planned()
+    (device,) = whole["memory"]
+    # The halves of a tower, and what it gets of the other's; pixels as they come and as float32.
+    crossed = sum(cost.sent for cost in costs)
+    assert device["activations"] == sum(kept(network)) // 2 * 128 + crossed
+    assert device["batch"] == 128 * 224 * 224 * 3 * (1 + 4)
+    assert planned("--steps", "7")["steps"] == 7
+    half = planned("--precision", "bfloat16")
+    assert 2 * half["step_bytes"]["towers"] == whole["step_bytes"]["towers"]
+    # Frozen layers have no velocities, of which a checkpoint would hold four bytes each.
+    frozen = planned("--freeze", "conv1:conv5")
+    velocities = 4 * sum(cost.parameters for cost in costs if cost.name.startswith("conv"))
+    assert whole["checkpoint_bytes"] - frozen["checkpoint_bytes"] == velocities
+    # Of eight micro-batches the first of two stages keeps two at a time, the last one.
+    undivided, divided = (
+        [line["activations"] for line in planned("--stages", "2", "--microbatches", n)["memory"]]
+        for n in "18"
+    )
+    assert [divided[0] * 4, divided[1] * 8] == undivided
 
 
 def test_time_and_cost_follow_from_the_rates(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,13 +14,20 @@ import torch
 
 from datasets import DataError
 from datasets.augmentation import ten_crops
-from datasets.drawn import draw
+from datasets.drawn import draw, write_drawn
 from datasets.images import decode, encode
 from datasets.shards import open_dataset, write_manifest, write_split
+from datasets.statistics import Statistics
+from pipeline.evaluation import Verdicts
+from pipeline.tower import Tower
 from workers import prediction_file
 from workers.cli import main
+from workers.config import configure
+from workers.data import classes_of
+from workers.evaluation_file import EXAMPLES, details
 from workers.prediction_file import predict_rows
-from workers.trained import open_trained
+from workers.sweep import Work
+from workers.trained import Trained, open_trained
 
 ROWS = 300
 
@@ -68,6 +75,24 @@ def test_every_row_is_there_as_the_network_sees_it(
         for name, chance in zip(classes, chances, strict=True):
             number = network.classes.names.index(name)
             assert chance == pytest.approx(expected[number].item(), rel=1e-5)
+
+
+def test_an_evaluations_mistakes_are_those_with_the_greatest_loss(tmp_path: Path) -> None:
+    data = write_drawn(f"{tmp_path}", train=20, val=40)
+    config = configure({"network": "alexnet-mini"})
+    tower = Tower(config.build(10), seed=0)
+    weights = {name: p.detach().numpy() for name, p in tower.weights().items()}
+    statistics = Statistics.load(f"{tmp_path}/statistics.npz")
+    network = Trained("r", 0, config, weights, classes_of(data), statistics)
+    work = Work(data, "val", 1, "fail", (network,), None, True, 0)
+    # Every other one of the last thirty rows is right, however great its loss.
+    rows, labels = np.arange(10, 40), torch.arange(10, 40) % 10
+    wrong = torch.arange(30) % 2
+    losses = torch.randperm(30, generator=torch.Generator().manual_seed(0)).double()
+    found = details(network, work, rows, Verdicts(labels, (labels + wrong) % 10, wrong, losses))
+    falling = sorted(range(1, 30, 2), key=lambda at: -losses[at])[:EXAMPLES]
+    assert [mistake["row"] for mistake in found["mistakes"]] == [10 + at for at in falling]
+    assert [mistake["label"] for mistake in found["mistakes"]] == [at % 10 for at in falling]
 
 
 def test_rows_are_written_as_they_come(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.recipes import RECIPES
 from workers.cli import main
 from workers.config import configure
+from workers.search import Search, _again, _best, _drawn
 from workers.space import CHANGEABLE, Domain, published, read_space
 
 
@@ -33,6 +35,29 @@ def test_values_outside_a_domain_go_to_its_edge() -> None:
     assert Domain(low=0.1, high=0.5).nearest(0.7) == 0.5
     assert Domain(low=0.1, high=0.5).nearest(0.2) == 0.2
     assert Domain(choices=(3, 5)).nearest(4) == 3
+
+
+def test_a_domain_is_drawn_from_as_it_says() -> None:
+    whole = _drawn(Domain(low=1, high=2, whole=True))
+    assert {whole.sample() for _ in range(60)} == {1, 2}
+    even, logarithmic = (_drawn(Domain(low=1e-6, high=1.0, log=log)) for log in (False, True))
+    assert 0.3 < np.median([even.sample() for _ in range(200)]) < 0.7
+    assert 1e-4 < np.median([logarithmic.sample() for _ in range(200)]) < 1e-2
+
+
+def test_the_best_trial_is_of_those_that_came_to_their_end_if_any_did() -> None:
+    finished = {"state": "finished", "top1_error": 0.3}
+    worse = {"state": "finished", "top1_error": 0.4}
+    early = {"state": "ended early", "top1_error": 0.2}
+    assert _best([worse, early, finished]) is finished
+    assert _best([{"state": "failed", "top1_error": 0.1}, early]) is early
+
+
+def test_the_best_and_the_recipe_are_confirmed_from_seeds_that_the_search_had_not() -> None:
+    wanted = Search({"network": "cifar", "seed": 5}, {"rate": Domain(low=0.001, high=0.1)})
+    best, recipe = (_again(wanted, {"rate": 0.02}, name, "r", 2) for name in ("best", "recipe"))
+    assert (best.rate, recipe.rate) == (0.02, RECIPES["cifar"]()["rate"])
+    assert best.seed == recipe.seed == 5 + 2
 
 
 @pytest.mark.parametrize(

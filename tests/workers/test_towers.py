@@ -1,0 +1,170 @@
+"""A tower computes what its configuration says, and what it reports is kept; without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from datasets.plan import Itinerary
+from pipeline.optimizer import SGD
+from pipeline.tower import Tower
+from pipeline.training import Images, Totals, Trainer
+from workers import towers
+from workers.config import configure
+from workers.placement import decide
+from workers.progress import Progress
+from workers.record import Record
+from workers.run import CONFIG, EVENTS, RunFolder, read_lines
+from workers.towers import Job, TowerActor
+
+SIDE, CLASSES = 32, 10
+MEAN = np.full((SIDE, SIDE, 3), 120, np.float32)
+
+
+def job(folder: str, itinerary: Itinerary, **options: Any) -> Job:
+    given = {"network": "cifar", "towers": 1, "batch": 4, "log_every": 1, "run": folder}
+    config = configure({**given, **options})
+    return Job(config, decide([{"CPU": 2}], config), itinerary, CLASSES, MEAN, folder)
+
+
+def images(itinerary: Itinerary, item: int) -> Images:
+    """Noise in place of an item's images, the same at each evaluation."""
+    at, n = itinerary.item(item), len(itinerary.rows(item))
+    draw = torch.Generator().manual_seed(at.step if at.training else 100 + at.batch)
+    return Images(
+        torch.randint(0, 256, (n, SIDE, SIDE, 3), dtype=torch.uint8, generator=draw),
+        torch.randint(0, CLASSES, (n,), generator=draw),
+        torch.randn(n, 3, generator=draw),
+    )
+
+
+class Noise:
+    """Stands for a rank's stream."""
+
+    waited, skipped, faults, node = 0.0, 0, (), ""
+
+    def __init__(self, feed: Itinerary, replica: int, start: int, stop: int, **_: Any) -> None:
+        self.itinerary, self.item = feed, start
+
+    def next(self) -> Images:
+        self.item += 1
+        return images(self.itinerary, self.item - 1)
+
+
+Trained = tuple[TowerActor, list[dict[str, Any]]]
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trained]:
+    """Goes through an itinerary on noise; the tower and its reports."""
+    monkeypatch.setattr(towers, "Stream", Noise)
+    monkeypatch.setattr(towers.host, "prepare", lambda *_: None)  # this process is not its own
+    (tmp_path / CONFIG).touch()
+
+    def trained(itinerary: Itinerary, **options: Any) -> Trained:
+        actor = TowerActor(job(str(tmp_path), itinerary, **options), 0)
+        actor.join(("", 0), None)
+        return actor, list(actor.train(itinerary, 0))
+
+    return trained
+
+
+def test_a_tower_trains_as_its_configuration_says(train: Callable[..., Trained]) -> None:
+    itinerary = Itinerary([8], None, batch=4, seed=0, epochs=2)
+    actor, _ = train(
+        itinerary,
+        epochs=2,
+        seed=3,
+        rate=0.02,
+        momentum=0.5,
+        decay=0.1,
+        bias_rate=3.0,
+        decay_bias=False,
+        scale=1 / 32,
+        precision="bfloat16",
+        microbatches=2,
+        freeze="conv1",
+        drops=(),
+        warmup=0,
+    )
+    network = configure({"network": "cifar"}).build(CLASSES)
+    tower = Tower(network, seed=3, compute=torch.bfloat16, frozen=range(1))
+    more = {"momentum": 0.5, "decay": 0.1, "bias_rate": 3.0, "decay_bias": False}
+    optimizer = SGD(tower.weights(), rate=0.02, **more)
+    mean = torch.from_numpy(MEAN)
+    trainer = Trainer(tower, optimizer, mean, seed=3, scale=1 / 32, microbatches=2)
+    for item in range(4):
+        trainer.step(images(itinerary, item), item + 1)
+    found = actor.tower.weights()
+    assert [name for name, p in tower.weights().items() if not torch.equal(found[name], p)] == []
+
+
+STILL = {"rate": 1e-9}  # at which no error changes
+
+
+def test_an_evaluation_is_of_all_its_batches(train: Callable[..., Trained]) -> None:
+    itinerary = Itinerary([8], ("val", [6]), batch=4, seed=0, epochs=2)
+    actor, reports = train(itinerary, epochs=2, **STILL)
+    found = [report for report in reports if report["kind"] == "evaluation"]
+    assert [(report["step"], report["epoch"]) for report in found] == [(2, 0), (4, 1)]
+    for report, items in zip(found, [(2, 3), (6, 7)], strict=True):
+        parts = (actor.trainer.evaluate(images(itinerary, item)) for item in items)
+        totals = sum(parts, Totals())
+        assert report["images"] == totals.images == 6
+        assert report["top1_error"] == totals.means()["top1_error"]
+        assert report["loss"] == pytest.approx(totals.means()["loss"], rel=1e-5)
+
+
+def rates(reports: list[dict[str, Any]]) -> list[float]:
+    return [report["rate"] for report in reports if report["kind"] == "train"]
+
+
+def test_the_rate_falls_after_evaluations_that_are_no_better(
+    train: Callable[..., Trained],
+) -> None:
+    itinerary = Itinerary([8], ("val", [6]), batch=4, seed=0, epochs=3)
+    more = {"schedule": "plateau", "drops": (), "patience": 1, "warmup": 2}
+    _, reports = train(itinerary, epochs=3, **more, **STILL)
+    # The first evaluation is the best so far, the second no better.
+    want = [1 / 3, 2 / 3, 1, 1, 0.1, 0.1]
+    assert [rate / STILL["rate"] for rate in rates(reports)] == pytest.approx(want)
+
+
+def test_the_rate_falls_at_the_batch_of_the_epoch_that_is_said(
+    train: Callable[..., Trained],
+) -> None:
+    itinerary = Itinerary([16], None, batch=4, seed=0, epochs=2)
+    _, reports = train(itinerary, epochs=2, rate=0.01, drops=(0.5, 1.0), warmup=0)
+    want = [0.01] * 2 + [0.001] * 2 + [0.0001] * 4
+    assert rates(reports) == pytest.approx(want)
+
+
+def test_of_the_checkpoints_the_newest_and_the_best_are_kept() -> None:
+    url, saved = "memory://record/run", list[list[int]]()
+    itinerary = Itinerary([4], ("val", [4]), batch=4, seed=0, epochs=3)
+    about = job(url, itinerary, epochs=3, keep=1)
+    folder = RunFolder(about.config, resume=None)
+    folder.create()
+    try:
+        record = Record(about, folder, Progress(), lambda: saved.append(folder.checkpoints()))
+        for step, wrong in ((1, 5), (2, 2), (3, 4)):
+            for file in ("__0_0.distcp", ".metadata"):
+                folder.fs.pipe_file(f"{folder.path}/checkpoints/step-{step:08d}/{file}", b"")
+            line = {"step": step, "epoch": step - 1, "images": 10}
+            line |= Totals(10, 20.0, wrong, 0).means()
+            record.take({"kind": "evaluation", **line}, None)
+            path = folder.checkpoint(step)
+            record.take({"kind": "checkpoint", "step": step, "path": path}, None)
+        assert folder.checkpoints() == [2, 3]
+        assert saved == [[1], [1, 2], [2, 3]]
+        events = read_lines(url, EVENTS)  # published with the checkpoint
+        assert [(e["event"], e["step"]) for e in events] == [("checkpoint", n) for n in (1, 2, 3)]
+    finally:
+        folder.close()
+        fsspec.filesystem("memory").rm("/record", recursive=True)
