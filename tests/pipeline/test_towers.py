@@ -159,14 +159,18 @@ def test_two_towers_of_a_variant_equal_one_process(pair: Ranks, options: dict[st
     check(pair, network, batch(network, 4))
 
 
-@pytest.mark.parametrize("name", ["alexnet", "alexnet-2012"])
-def test_two_towers_of_the_full_network_equal_one_process_and_plain_modules(
-    pair: Ranks, name: str
-) -> None:
-    network = build(name, 1000)
+def test_two_towers_of_the_full_network_equal_one_process_and_plain_modules(pair: Ranks) -> None:
+    network = build("alexnet", 1000)
     with torch.device("meta"):
-        modules = reference.TABLES[name](1000)
+        modules = reference.TABLES["alexnet"](1000)
     check(pair, network, batch(network, 2), modules=modules, scale=1.0)
+
+
+def test_two_towers_of_the_authors_network_a_quarter_as_wide_equal_one_process(pair: Ranks) -> None:
+    network = build("alexnet-2012", 1000)
+    narrow = [replace(layer, maps=layer.maps // 4) for layer in network.layers]
+    network = replace(network, layers=tuple(narrow))
+    check(pair, network, batch(network, 2), scale=1.0)
 
 
 @given(networks(), st.integers(1, 6), st.data())

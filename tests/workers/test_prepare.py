@@ -260,10 +260,12 @@ def test_a_store_that_goes_on_failing_is_named(
 
 
 def test_a_store_that_fails_now_and_then(
-    ray_of_the_store: None, store: Failing, source: str, prepared: Path
+    ray_of_the_store: None, store: Failing, tmp_path: Path
 ) -> None:
+    source = made.make("tar", tmp_path, 300)
+    made.prepare(source, tmp_path / "shards", SMALL)
     fsspec.filesystem("s3").put(source, "bucket/source/shapes.tar")
-    store.share = 0.05
+    store.share = 0.1
     prepare("s3://bucket/source/shapes.tar", "s3://bucket/shards", SMALL)
     assert store.refused > 5
     assert store.copies == 0  # a rename would be one
@@ -271,7 +273,7 @@ def test_a_store_that_fails_now_and_then(
     fs = fsspec.filesystem("s3")
     fs.invalidate_cache()
     stored = {path.rpartition("/")[2]: fs.cat_file(path) for path in fs.find("bucket/shards")}
-    there = contents(prepared)
+    there = contents(tmp_path / "shards")
     # The manifest holds a digest of where the images came from.
     assert stored.keys() == there.keys()
     assert all(stored[name] == there[name] for name in there if name.endswith(".parquet"))
