@@ -127,7 +127,7 @@ class RunFolder:
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Those of a kind that there were."""
-        lines = read_lines(self.local, EVENTS)
+        lines = read_lines(self.local or self.url, EVENTS)
         return [line for line in lines if line["event"] == kind]
 
     def profile(self, traces: dict[int, list[Span]], mesh: Mesh) -> None:

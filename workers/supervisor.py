@@ -68,6 +68,9 @@ def train(
     initial = read_initial(config) if config.init and not folder.checkpoints() else None
     with connected():
         where = placement.place(config, progress.say, pool.runs if pool else 0)
+        if deaths:  # nobody was asked, so the weights are to have the bits that they would have had
+            for had in folder.events("start")[-1:]:
+                where = replace(where, threads=had.get("threads", where.threads))
         if not config.shards:
             dataset = drawn(folder.url, progress)
         if config.images:
@@ -228,7 +231,7 @@ class _Run:
         for had in self.folder.events("start")[-1:]:
             if had.get("threads", threads) != threads:
                 self.progress.say(
-                    f"towers have {threads} threads each, and had {had['threads']} before: "
+                    f"towers have {threads} thread(s) each, and had {had['threads']} before: "
                     "the weights' last bits may be others than without the interruption"
                 )
         device = self.job.placement.device

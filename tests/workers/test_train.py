@@ -96,13 +96,19 @@ def test_stages_and_replicas_learn_what_one_stage_learns(
 
 
 def test_a_run_goes_on_with_another_mesh(
-    undisturbed: tuple[Path, dict], shards: str, tmp_path: Path
+    undisturbed: tuple[Path, dict],
+    shards: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, _ = undisturbed
     shutil.copytree(folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
+    events = (tmp_path / "run/events.jsonl").read_text()
+    (tmp_path / "run/events.jsonl").write_text(events.replace('"threads": 1', '"threads": 7'))
     result = run(tmp_path / "run", shards, resume=True, stages=2, towers=1)
     assert (result["mesh"], result["steps"]) == ("1x2x1", 6)
+    assert "towers have 1 thread(s) each, and had 7 before" in capsys.readouterr().err
     one = load_weights(f"{folder}/checkpoints/step-00000006")
     for name, weight in load_weights(f"{tmp_path}/run/checkpoints/step-00000006").items():
         assert (weight - one[name]).abs().max() < 1e-5, name
