@@ -104,9 +104,9 @@ class Reporter(Progress):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.run, self.last = config.run, -1
+        self.run, self.last, self.epochs = config.run, -1, 0
         self.training: list[tuple[float, float]] = []  # images and wrong ones, of this epoch
-        self.evaluated: dict[str, Any] = {}
+        self.waiting: list[dict[str, Any]] = []  # evaluations that were not told yet
 
     def step(self, report: dict[str, Any]) -> None:
         super().step(report)
@@ -115,29 +115,32 @@ class Reporter(Progress):
 
     def evaluation(self, report: dict[str, Any]) -> None:
         super().evaluation(report)
-        self.evaluated = report
+        images, wrong = map(sum, zip((0.0, 0.0), *self.training, strict=True))
+        self.training.clear()
+        self.epochs = report["epoch"] + 1
+        self.waiting.append({**report, "train_error": wrong / images if images else None})
 
     def checkpointed(self) -> None:
-        """To be called at each checkpoint."""
-        if self.evaluated and self.evaluated["step"] != self.last:
-            self._report(self.evaluated["epoch"] + 1, self.evaluated)
+        """To be called at each checkpoint, which may come after the next evaluation."""
+        kept = checkpoints(self.run)[-1]
+        while self.waiting and self.waiting[0]["step"] <= kept:
+            line = self.waiting.pop(0)
+            self._report(line["epoch"] + 1, line)
 
     def ended(self, result: dict[str, Any]) -> None:
         """The run is at its end; a trial that was killed after its last report tells it here."""
         if self.last != result["steps"]:
-            self._report(round(result["epochs"]), {**result, "step": result["steps"]})
+            line = {**result, "step": result["steps"], "train_error": None}
+            self._report(round(result["epochs"]), line)
 
     def failed(self, why: str) -> None:
         """As bad as can be for whoever compares trials, and not to be shown as measured."""
-        tune.report({"top1_error": 1.0, "epoch": self.evaluated.get("epoch", -1) + 1, "why": why})
+        tune.report({"top1_error": 1.0, "epoch": self.epochs, "why": why})
 
     def _report(self, epoch: int, line: dict[str, Any]) -> None:
         self.last = line["step"]
-        names = ("step", "loss", "top1_error", "top5_error")
+        names = ("step", "loss", "top1_error", "top5_error", "train_error")
         report = {"epoch": epoch, "run": self.run, **{name: line[name] for name in names}}
-        images, wrong = map(sum, zip((0.0, 0.0), *self.training, strict=True))
-        report["train_error"] = wrong / images if images else None
-        self.training.clear()
         with tempfile.TemporaryDirectory() as place:
             Path(place, POINTER).write_text(json.dumps({"run": self.run, "step": self.last}))
             tune.report(report, checkpoint=tune.Checkpoint.from_directory(place))

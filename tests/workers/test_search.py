@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import ray
 
@@ -23,6 +24,7 @@ from workers.run import CONFIG, EVENTS, read_lines
 from workers.search import Search, _line, search
 from workers.search_page import _table
 from workers.space import Domain
+from workers.trial import Reporter
 from workers.trials import Trial
 
 pytestmark = pytest.mark.usefixtures("two_cores")
@@ -213,3 +215,25 @@ def test_a_claim_is_judged_by_runs_that_are_not_run_again(
     assert claims(folder, ["pooling"], scale, seeds=1, progress=Listener())["claims"] == [line]
     assert not any("to run" in text for text in said)
     assert Path(first["report"]).read_text().count("<circle") == 2
+
+
+def test_an_evaluation_is_told_once_its_own_checkpoint_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A checkpoint may take longer than the next epoch."""
+    told: list[tuple[int, int, float | None]] = []
+
+    def report(line: dict[str, Any], checkpoint: Any) -> None:
+        told.append((line["epoch"], line["step"], line["train_error"]))
+
+    monkeypatch.setattr("workers.trial.tune.report", report)
+    reporter = Reporter(configure({"network": "alexnet-mini", "run": "memory://told"}))
+    fs = fsspec.filesystem("memory")
+    for epoch, step in enumerate((3, 6)):
+        reporter.training.append((10.0, 10.0 / (epoch + 1)))
+        measured = {"loss": 1.0, "top1_error": 0.5, "top5_error": 0.1, "images": 50}
+        reporter.evaluation({"epoch": epoch, "step": step, **measured})
+    for step, count in (3, 1), (3, 1), (6, 2):
+        fs.pipe_file(f"/told/checkpoints/step-{step:08d}/.metadata", b"x")
+        reporter.checkpointed()
+        assert told == [(1, 3, 1.0), (2, 6, 0.5)][:count]
