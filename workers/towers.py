@@ -246,14 +246,17 @@ class TowerActor:
         the `last` attempt: then there is none of this step, on any rank.
         """
         try:
-            report = {"kind": "checkpoint"} if self.writer.finish() else {}
+            written = self.writer.finish()
         except checkpoint.NotSaved as error:
             if last or not (error.__cause__ and passing(error.__cause__)):
                 raise
-            self.saved, report = -1, {"kind": "unsaved", "why": str(error)}
-        if report and self.rank == 0:
+            self.saved = -1
+            if self.rank == 0:
+                yield {"kind": "unsaved", "why": str(error)}
+            return
+        if written and self.rank == 0:
             path = checkpoint_url(self.job.folder, self.saved)
-            yield report if self.saved < 0 else {**report, "step": self.saved, "path": path}
+            yield {"kind": "checkpoint", "step": self.saved, "path": path}
 
     def _due(self, item: Any, itinerary: Itinerary) -> bool:
         """Whether a checkpoint is due after an item: at the end of an epoch and its evaluation,
