@@ -55,12 +55,12 @@ class SGD:
         """Called before weights or velocities change: a checkpoint may still be copying them."""
 
     @torch.no_grad()
-    def step(self, finite: Tensor | None = None) -> None:
-        """A step of the weights that have gradients, or none at all unless `finite`, bool [] on the
+    def step(self, valid: Tensor | None = None) -> None:
+        """A step of the weights that have gradients, or none at all unless `valid`, bool [] on the
         weights' device, for which the host does not wait.
         """
         self.before_change()
-        found_inf = None if finite is None else (~finite).float()
+        found_inf = None if valid is None else (~valid).float()
         for group in self._groups:
             have = [i for i, p in enumerate(group.weights) if p.grad is not None]
             sgd(

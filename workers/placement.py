@@ -98,7 +98,7 @@ def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> 
     cpus = sum(node.get("CPU", 0) for node in homes) - (0 if apart else least * share)
     left, alone = everyone, []
     for node in sorted(homes, key=lambda node: -node.get("CPU", 0)):  # as Ray fills them
-        here = min(left, *(int(node.get(k, 0) / need + 1e-9) for k, need in tower.items()))
+        here = min(left, *(_fitting(node, kind, need) for kind, need in tower.items()))
         if here:
             alone.append(node["CPU"] / here)  # none has another node's cores
             left -= here
@@ -113,9 +113,14 @@ def _share(nodes: Sequence[dict[str, float]], processes: int, kind: str = "CPU")
     """The most CPU, up to one, that so many processes can each have; 0 if they don't fit."""
     for twentieths in range(20, 0, -1):
         share = twentieths * _STEP
-        if sum(int(node.get(kind, 0) / share + 1e-9) for node in nodes) >= processes:
+        if sum(_fitting(node, kind, share) for node in nodes) >= processes:
             return round(share, 2)
     return 0.0
+
+
+def _fitting(node: dict[str, float], kind: str, need: float) -> int:
+    """How many processes fit on a node that need so much of a resource each."""
+    return int(node.get(kind, 0) / need + 1e-9)
 
 
 def cluster_nodes() -> list[dict[str, float]]:

@@ -69,8 +69,7 @@ def train(
     with connected():
         where = placement.place(config, progress.say, pool.runs if pool else 0)
         if deaths:  # nobody was asked, so the weights are to have the bits that they would have had
-            for had in folder.events("start")[-1:]:
-                where = replace(where, threads=had.get("threads", where.threads))
+            where = replace(where, threads=_threads_before(folder) or where.threads)
         if not config.shards:
             dataset = drawn(folder.url, progress)
         if config.images:
@@ -228,12 +227,12 @@ class _Run:
         self._get([opened])
         self.record.evaluations = list(found["evaluations"])
         threads = self.job.placement.threads
-        for had in self.folder.events("start")[-1:]:
-            if had.get("threads", threads) != threads:
-                self.progress.say(
-                    f"towers have {threads} thread(s) each, and had {had['threads']} before: "
-                    "the weights' last bits may be others than without the interruption"
-                )
+        had = _threads_before(self.folder)
+        if had not in (None, threads):
+            self.progress.say(
+                f"towers have {threads} thread(s) each, and had {had} before: "
+                "the weights' last bits may be others than without the interruption"
+            )
         device = self.job.placement.device
         self.folder.event(
             "start", step=found["step"], mesh=str(mesh), device=device, threads=threads
@@ -304,6 +303,12 @@ class _Run:
         if fleet != self.seen:
             self.seen = fleet
             self.folder.event("fleet", **{name: state[name] for name in ("augmenters", *PLACES)})
+
+
+def _threads_before(folder: RunFolder) -> int | None:
+    """Of each tower, when the run started last; None if it did not, or an older version did."""
+    starts = folder.events("start")
+    return starts[-1].get("threads") if starts else None
 
 
 @contextmanager

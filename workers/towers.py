@@ -23,14 +23,14 @@ from pipeline.optimizer import SGD
 from pipeline.schedule import Line
 from pipeline.tower import Tower
 from pipeline.tracing import clock
-from pipeline.training import Images, NotANumber, Totals, Trainer
+from pipeline.training import NotANumber, Totals, Trainer
 from workers.config import Config
 from workers.placement import Placement
 from workers.run import check_visible, checkpoint_url
 from workers.stream import Stream
 
 REPORT_SECONDS = 1.0
-PAUSES = 1, 5, 25, 125  # seconds between attempts at the last checkpoint, if a store fails
+PAUSES = 0, 1, 5, 25, 125  # seconds before attempts at the last checkpoint, if a store fails
 PROFILED = range(4, 12)  # steps since the start that a profile shows: the first ones warm up
 
 
@@ -141,7 +141,6 @@ class TowerActor:
         peers = [peer for peer in (self.pair, self.line) if peer]
         meter, totals, evaluated = _Meter(peers, stream), Totals(), Totals()
         trace, begun = self.trainer.trace, 0
-        images: Images | None = None
         self.saved = self.progress["step"]  # of the last checkpoint, written or being written
         replica_size = self.job.placement.mesh.size // self.job.placement.mesh.replicas
         for index in range(start, len(itinerary)):
@@ -195,15 +194,12 @@ class TowerActor:
                 yield from self._written()
             if self._due(item, itinerary):
                 yield from self._save()
-        if images is None:
-            yield from self._save()
-        yield from self._written()
         for pause in PAUSES:  # the last one counts more than the time
-            if self.saved == self.progress["step"]:
-                break
             time.sleep(pause)
             yield from self._save()
             yield from self._written(last=pause == PAUSES[-1])
+            if self.saved == self.progress["step"]:
+                break
         if config.profile:
             yield {"kind": "trace", "rank": self.rank, "spans": trace.spans}
 

@@ -115,10 +115,8 @@ class Reporter(Progress):
 
     def evaluation(self, report: dict[str, Any]) -> None:
         super().evaluation(report)
-        images, wrong = map(sum, zip((0.0, 0.0), *self.training, strict=True))
-        self.training.clear()
         self.epochs = report["epoch"] + 1
-        self.waiting.append({**report, "train_error": wrong / images if images else None})
+        self.waiting.append({**report, "train_error": self._train_error()})
 
     def checkpointed(self) -> None:
         """To be called at each checkpoint, which may come after the next evaluation."""
@@ -130,12 +128,18 @@ class Reporter(Progress):
     def ended(self, result: dict[str, Any]) -> None:
         """The run is at its end; a trial that was killed after its last report tells it here."""
         if self.last != result["steps"]:
-            line = {**result, "step": result["steps"], "train_error": None}
+            line = {**result, "step": result["steps"], "train_error": self._train_error()}
             self._report(round(result["epochs"]), line)
 
     def failed(self, why: str) -> None:
         """As bad as can be for whoever compares trials, and not to be shown as measured."""
         tune.report({"top1_error": 1.0, "epoch": self.epochs, "why": why})
+
+    def _train_error(self) -> float | None:
+        """Since it was asked for last; None if nothing was trained."""
+        images, wrong = map(sum, zip((0.0, 0.0), *self.training, strict=True))
+        self.training.clear()
+        return wrong / images if images else None
 
     def _report(self, epoch: int, line: dict[str, Any]) -> None:
         self.last = line["step"]

@@ -344,5 +344,7 @@ def test_a_full_cluster_is_said_not_waited_for(
         with pytest.raises(RunFailed, match="stopped by SIGTERM before there was room"):
             run(tmp_path / "run", shards)
         assert not (tmp_path / "run").exists()
+        ray.util.remove_placement_group(other)
+        assert run(tmp_path / "run", shards, steps=1)["steps"] == 1
     finally:
         ray.util.remove_placement_group(other)
