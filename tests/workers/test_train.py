@@ -8,7 +8,9 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +25,10 @@ from pipeline.checkpoint import load_weights
 from workers.cli import main
 from workers.config import UserError, configure
 from workers.errors import RunFailed
+from workers.placement import decide
 from workers.progress import Progress
-from workers.run import checkpoints
-from workers.supervisor import train
+from workers.run import RunFolder, checkpoints
+from workers.supervisor import _Run, train
 from workers.weights import export, import_
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -238,6 +241,23 @@ def test_a_run_out_of_restarts_is_resumed_and_its_fleet_is_scaled(
     scales = [event["augmenters"] for event in events if event["event"] == "scale"]
     assert scales == ["2:2", "1:2"]
     assert configure({}, f"{tmp_path}/run/config.toml").augmenters == "1:2"
+
+
+def test_a_place_that_does_not_come_back_leaves_a_run_to_be_resumed(
+    undisturbed: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has trained, so that it is no mistake of the user's that there is no room."""
+    monkeypatch.setattr("workers.placement.PATIENCE", 1.0)
+    config = configure({}, f"{undisturbed[0]}/config.toml")
+    where = replace(decide([{"CPU": 4}], config), tower={"CPU": 4})  # two such are more than all
+    job: Any = SimpleNamespace(placement=where, config=config)
+    fleet: Any = SimpleNamespace(name="")
+    attempts = _Run(job, fleet, RunFolder(config, resume=True), Progress(), list, 0, None)
+    with pytest.raises(UserError, match=r"has no room for 2 towers .* or add nodes$"):
+        attempts._reserved()
+    attempts.made = True
+    with pytest.raises(RunFailed, match=r"no room .*; the last checkpoint is of step 6: --resume"):
+        attempts._reserved()
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(
