@@ -198,7 +198,7 @@ def _dump(
 ) -> None:
     dcp = _dcp()
     try:
-        dcp.save(state, storage_writer=_storage("Writer", path), process_group=group, no_dist=alone)
+        dcp.save(state, storage_writer=_writer(path), process_group=group, no_dist=alone)
     except dcp.api.CheckpointException as error:  # which is no Exception
         rank, (cause, _) = next(iter(error.failures.items()))
         raise NotSaved(f"{path} cannot be written by rank {rank}: {cause}") from cause
@@ -272,6 +272,23 @@ def _storage(kind: str, path: str) -> Any:
     if "://" in path:
         return getattr(_dcp("._fsspec_filesystem"), f"Fsspec{kind}")(path)
     return getattr(_dcp(), f"FileSystem{kind}")(path)
+
+
+def _writer(path: str) -> Any:
+    """A Writer of which a file that cannot be written says why."""
+    writer = _storage("Writer", path)
+    create = writer.fs.create_stream
+
+    @contextmanager
+    def create_stream(*where: Any) -> Iterator[Any]:
+        with create(*where) as stream:
+            try:
+                yield stream
+            except RuntimeError as error:  # of torch's zip writer, about what it had to leave
+                raise (error.__context__ or error) from None
+
+    writer.fs.create_stream = create_stream
+    return writer
 
 
 def _metadata(path: str) -> dict[str, TensorStorageMetadata]:

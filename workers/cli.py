@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import select
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
     except Exception as error:
         from datasets.storage import passing, refused, said
 
-        if isinstance(error, BrokenPipeError) and _closed():
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO) and _closed():
             return 1
         if refused(error):
             print(f"towers: {said(error)}: check your rights there", file=sys.stderr)

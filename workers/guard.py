@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
@@ -52,7 +53,8 @@ def guarded(work: Callable[[int, Callable[[], object]], int], limit: int) -> int
             print(f"towers: the run's supervisor {name}; --resume goes on", file=sys.stderr)
             return 1
         deaths, row = deaths + 1, row + 1
-        print(f"the run's supervisor {name}: started again", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the terminal may be gone
+            print(f"the run's supervisor {name}: started again", file=sys.stderr, flush=True)
 
 
 _told: list[int] = []  # signals that were passed on
@@ -80,6 +82,7 @@ def _end_with(parent: int) -> None:
     which the parent passes on.
     """
     os.setpgid(0, 0)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # writing there, it is stopped by `stty tostop`
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:

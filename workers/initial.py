@@ -20,6 +20,7 @@ from pipeline.tower import Tower
 from pipeline.weights import fitting, read_about, read_weights
 from workers.config import Config, UserError, parsed
 from workers.data import Classes, kept_classes
+from workers.errors import RunFailed
 from workers.run import COMPLETE, CONFIG, RunFolder, checkpoint_url
 from workers.trained import pick_step
 
@@ -50,8 +51,11 @@ class Initial:
                 state[f"blocks.{name}"] = weight
         tower.load_state_dict(state)
         optimizer = SGD(tower.weights(), rate=config.rate, momentum=config.momentum)
-        progress = {"step": 0, "skipped": 0, "evaluations": []}
-        checkpoint.save(folder.checkpoint(0), tower, optimizer, progress, None)
+        progress = {"step": 0, "evaluations": []}
+        try:
+            checkpoint.save(folder.checkpoint(0), tower, optimizer, progress, None)
+        except checkpoint.NotSaved as error:
+            raise RunFailed(str(error)) from None
         folder.event("init", source=self.source, drawn=[last] if new else [])
         had = self.network.classes
         return f"{last} is drawn new: {had} other classes at {self.source}" if new else ""

@@ -67,10 +67,11 @@ def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> 
         towers = 1 if config.columns == 1 or few else 2
     mesh = Mesh(config.replicas, config.stages, towers)
     everyone = mesh.size * beside
-    if device == "cuda" and gpus < (mesh.size if mesh.size == 1 else everyone):
+    if device == "cuda" and gpus < (1 if mesh.size == 1 else everyone):
         where = " on nodes for towers" if len(homes) < len(nodes) else ""
+        count = 1 if mesh.size == 1 else everyone
         raise UserError(
-            f"not enough devices: {mesh.size} towers need {mesh.size} GPUs, the cluster has {gpus}"
+            f"not enough devices: {count} towers need {count} GPUs, the cluster has {gpus}"
             f"{where}; --towers 1 holds both towers in one process, --device cpu does without GPUs"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from datetime import timedelta
 from typing import Any, TextIO
 
 PLAIN_SECONDS = 5.0
+CLEAR = "\r\x1b[K"
 
 
 class Progress:
@@ -23,8 +25,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._clear()
-        print(text, file=self.out, flush=True)
+        self._print(f"{CLEAR if self.live else ''}{text}\n")
 
     def start(self, job: Any, step: int) -> None:
         """The run begins, or goes on after `step`."""
@@ -63,10 +64,7 @@ class Progress:
         if not self.live and now - self.written < PLAIN_SECONDS and not last:
             return
         self.written = now
-        if self.live:
-            print(f"\r\x1b[K{line}", end="", file=self.out, flush=True)
-        else:
-            print(line, file=self.out, flush=True)
+        self._print(f"{CLEAR}{line}" if self.live else f"{line}\n")
 
     def evaluation(self, report: dict[str, Any]) -> None:
         """A line for an evaluation."""
@@ -76,9 +74,14 @@ class Progress:
             f"top-5 error {report['top5_error']:.1%}"
         )
 
-    def _clear(self) -> None:
-        if self.live:
-            print("\r\x1b[K", end="", file=self.out)
+    def _print(self, text: str) -> None:
+        try:
+            print(text, end="", file=self.out, flush=True)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            # The terminal is gone, not the run.
+            self.out, self.live = open(os.devnull, "w"), False  # noqa: SIM115
 
 
 def table(rows: list[tuple[str, ...]], heads: tuple[str, ...] = ()) -> str:

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Record:
-    """Of one run; `saved` is called at each checkpoint that is complete."""
+    """Of one run; `saved` is called with the step of each checkpoint that is complete."""
 
     def __init__(
-        self, job: Job, folder: RunFolder, progress: Progress, saved: Callable[[], object]
+        self, job: Job, folder: RunFolder, progress: Progress, saved: Callable[[int], object]
     ) -> None:
         self.job, self.folder, self.progress, self.saved = job, folder, progress, saved
         self.evaluations: list[dict[str, Any]] = []  # so far, in the order of steps
@@ -48,16 +48,16 @@ class Record:
             self._measured(str(self.job.itinerary.held_out), report)
             self.progress.evaluation(report)
         elif kind == "saving":
-            self.later(self.folder.publish)  # who goes on from there lacks no line before it
+            self.later(self.folder.publish)  # who goes on from there may lack no line before it
         elif kind == "checkpoint":
-            best = min(self.evaluations, key=lambda e: e["top1_error"], default={}).get("step")
-            self.saved()
+            errors = {line["step"]: line["top1_error"] for line in self.evaluations}
+            self.saved(report["step"])
             self.folder.event("checkpoint", **report)
             self.later(self.folder.publish)
-            self.later(partial(self.folder.prune, self.job.config.keep, best))
+            self.later(partial(self.folder.prune, self.job.config.keep, errors))
         elif kind == "unsaved":
-            self.folder.event("unsaved", **report)
-            self.progress.say(f"{report['why']}; training goes on without this checkpoint")
+            self.folder.event("unsaved", why=report["why"])
+            self.progress.say(f"{report['why']}; {report['then']}")
         elif kind == "trace":
             self.traces[report["rank"]] = report["spans"]
         elif kind == "skipped":
@@ -66,13 +66,13 @@ class Record:
                 self.progress.say(f"skipped: {fault}")
 
     def later(self, work: Callable[[], object]) -> None:
-        """Does what the next checkpoint makes up for, if a store fails now."""
+        """Does what the next checkpoint makes up for, if a store or a disk fails now."""
         try:
             work()
         except Exception as error:
-            if not passing(error):
+            if not (passing(error) or isinstance(error, OSError)):
                 raise
-            self.progress.say(f"{self.folder.url}: the store failed ({said(error)}); later again")
+            self.progress.say(f"{self.folder.url}: {said(error)}; later again")
 
     def end(self, step: int, sha: str, restarts: int) -> dict[str, Any]:
         """The run's result, which is its last event too; `sha` is of the weights of `step`."""

@@ -8,18 +8,20 @@ import os
 import shutil
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import ray
 from fsspec.implementations.local import LocalFileSystem
 
 from datasets import DataError
-from datasets.storage import matching, passing, persistent, remove, storage, write_whole
+from datasets.storage import matching, passing, persistent, remove, said, storage, write_whole
 from pipeline.mesh import Mesh
 from pipeline.tracing import Span, chrome
 from workers.config import Config, UserError, read
+from workers.errors import RunFailed
 from workers.output import writing
 from workers.timeline import picture
 
@@ -28,13 +30,18 @@ STEP = "step-[0-9]*"  # a checkpoint's folder
 CONFIG, METRICS, EVENTS = "config.toml", "metrics.jsonl", "events.jsonl"
 SCALE = "augmenters"  # the size of the fleet that was asked for
 
+PAUSES = 0, 1, 5, 25, 125
+"""Seconds before each attempt at what a run cannot go on without, while a store fails."""
+
+T = TypeVar("T")
+
 
 class RunFolder:
     """A run's folder; nothing is written before `create`.
 
     Files are written locally, and for a URL copied there by `publish`. Raises UserError if the
-    folder holds a run and `resume` is not said, or the other way round; `resume` None goes on with
-    a run if there is one.
+    folder holds a run and `resume` is not said, or the other way round, or another process trains
+    there; `resume` None goes on with a run if there is one.
     """
 
     def __init__(self, config: Config, *, resume: bool | None) -> None:
@@ -50,6 +57,9 @@ class RunFolder:
         self.local = "" if self.remote else self.path  # where files are written
         self._board: Any = None
         self._claim: IO[bytes] | None = None
+        if not (self.new or self.remote):
+            with writing(self.url):
+                self._claim_it()
 
     def create(self) -> None:
         """Makes the folder what it has to be for the run to start or go on.
@@ -62,7 +72,8 @@ class RunFolder:
                 self.local = tempfile.mkdtemp(prefix="towers-run-")
                 for lines in matching(self.fs, self.path, "*.jsonl"):  # none before a publishing
                     self.fs.get_file(lines, f"{self.local}/{lines.rpartition('/')[2]}")
-            self._claim_it()
+            if not self._claim:
+                self._claim_it()
             for name in (METRICS, EVENTS):
                 _end_line(f"{self.local}/{name}")
             # What was asked of the run holds on, unless whoever resumes it says otherwise.
@@ -72,12 +83,11 @@ class RunFolder:
                     with suppress(FileNotFoundError):
                         self.fs.rm_file(f"{self.path}/{SCALE}")
             self._configure()
-        except UserError:
+        except BaseException as error:
             self._clear()
+            if isinstance(error, OSError):
+                raise UserError(f"{self.url} cannot be written: {error}") from None
             raise
-        except OSError as error:
-            self._clear()
-            raise UserError(f"{self.url} cannot be written: {error}") from None
         from tensorboard.summary import Writer
 
         self._board = Writer(f"{self.local}/tensorboard")
@@ -90,7 +100,8 @@ class RunFolder:
         try:
             fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{self.url}: another process trains there") from None
+            self._claim.close()
+            raise Occupied(f"{self.url}: another process trains there") from None
         except OSError:
             pass  # a file system without locks
         self.fs.invalidate_cache()
@@ -110,8 +121,8 @@ class RunFolder:
     def scaled(self, augmenters: str) -> None:
         """Notes a fleet's other size, MIN:MAX, so that whoever resumes the run has it too."""
         self.config = replace(self.config, augmenters=augmenters)
-        self._configure()
         self.event("scale", augmenters=augmenters)
+        self._configure()
 
     def metrics(self, line: dict[str, Any]) -> None:
         """A line of metrics.jsonl, and its numbers for TensorBoard."""
@@ -148,8 +159,12 @@ class RunFolder:
                 f.write(picture(ranks, names, steps[len(steps) // 2]))
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with open(f"{self.local}/{name}", "a") as f:
-            f.write(json.dumps({"time": round(time.time(), 3), **line}) + "\n")
+        try:
+            with open(f"{self.local}/{name}", "a") as f:
+                f.write(json.dumps({"time": round(time.time(), 3), **line}) + "\n")
+        except OSError as error:
+            why = error.strerror or error
+            raise RunFailed(f"{self.local}/{name} cannot be written: {why}") from None
 
     def wanted_augmenters(self) -> str:
         """What `towers scale` asked for last, as MIN:MAX; "" if it did not, or nobody can tell now:
@@ -167,18 +182,29 @@ class RunFolder:
         if self.remote:
             self.fs.put(self.local.rstrip("/") + "/", self.path, recursive=True)
 
-    def close(self) -> None:
-        """Ends what `create` began, if it did.
-
-        Raises DataError, naming what is left here, if the store of a run at a URL keeps failing.
+    def close(self) -> str:
+        """Ends what `create` began, if it did. Returns what there is to say of lines that a store
+        did not take, "" if it did: they are left on this machine.
         """
         if self._board:
-            self._board.close()
             try:
+                self._board.close()
                 persistent(self.url, self.publish)
-            except DataError as error:
-                raise DataError(f"{error}; its lines are in {self.local}") from None
+            except Exception as error:
+                self.remote = False  # what is here stays
+                self._clear()
+                return f"{self.url}: {said(error)}; the run's last lines are in {self.local}"
         self._clear()
+        return ""
+
+    @contextmanager
+    def closing(self, say: Callable[[str], object]) -> Iterator[None]:
+        """Closes the folder at the block's end, and has said what there is to say of that."""
+        try:
+            yield
+        finally:
+            if left := self.close():
+                say(left)
 
     def _clear(self) -> None:
         """Lets go of the folder, and removes this machine's copy of a run at a URL."""
@@ -195,17 +221,35 @@ class RunFolder:
         """The steps of the complete checkpoints, in order."""
         return checkpoints(self.url)
 
-    def prune(self, keep: int, best: int | None) -> None:
-        """Removes all but the newest `keep` checkpoints and the best one, and what is left of one
-        whose removal broke off.
+    def prune(self, keep: int, errors: dict[int, float]) -> None:
+        """Removes all but the newest `keep` checkpoints and the one with the least of the `errors`,
+        by steps, and what is left of one whose removal broke off.
         """
-        kept = self.checkpoints()[-keep:]
+        steps = self.checkpoints()
+        kept = steps[-keep:]
+        best = min((step for step in steps if step in errors), key=errors.__getitem__, default=None)
         for place in matching(self.fs, f"{self.path}/checkpoints", STEP):
             step = _step(place)
             if step not in (*kept, best) and step < kept[-1]:
                 with suppress(FileNotFoundError):  # first: what is left may be half of it
                     self.fs.rm_file(f"{place}/{COMPLETE}")
                 remove(self.fs, place)
+
+
+class Occupied(UserError):
+    """Another process trains in the folder."""
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """What `call` returns, tried again for two and a half minutes while a store fails."""
+    for pause in PAUSES:
+        time.sleep(pause)
+        try:
+            return call()
+        except Exception as error:
+            if pause == PAUSES[-1] or not passing(error):
+                raise
+    raise AssertionError
 
 
 def _end_line(path: str) -> None:

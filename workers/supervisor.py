@@ -18,6 +18,7 @@ from datasets import DataError
 from datasets.plan import Itinerary
 from datasets.shards import Dataset, open_dataset
 from datasets.statistics import Statistics
+from datasets.storage import passing
 from workers import cluster, placement
 from workers.cluster import connected
 from workers.config import Config, UserError
@@ -30,7 +31,7 @@ from workers.pool import Pool
 from workers.position import position
 from workers.progress import Progress
 from workers.record import Record
-from workers.run import RunFolder
+from workers.run import RunFolder, patiently
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -48,16 +49,16 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     deaths: int = 0,
-    progressed: Callable[[], object] | None = None,
+    progressed: Callable[[int], object] | None = None,
     pool: Pool | None = None,
 ) -> dict[str, Any]:
     """Trains as configured and returns the result: the keys of `towers train --json`.
 
     Starts Ray on this machine unless a cluster is at hand. With a `pool`, whose augmenters it
     takes, it is one of several runs side by side. `deaths` is how many processes before
-    this one died at the same run; `progressed` is called at each checkpoint. Raises UserError or
-    `DataError` for what the user can mend, RunFailed for a run that could not go on, `ClusterLost`
-    if that is because this process has no Ray any more.
+    this one died at the same run; `progressed` is called with the step of each checkpoint. Raises
+    UserError or `DataError` for what the user can mend, RunFailed for a run that could not go on,
+    `ClusterLost` if that is because this process has no Ray any more.
     """
     progress = progress or Progress()
     if config.shards:
@@ -66,7 +67,7 @@ def train(
         check_classes(dataset)
     folder = RunFolder(config, resume=None if deaths else resume)
     initial = read_initial(config) if config.init and not folder.checkpoints() else None
-    with connected():
+    with connected(), folder.closing(progress.say):
         where = placement.place(config, progress.say, pool.runs if pool else 0)
         if deaths:  # nobody was asked, so the weights are to have the bits that they would have had
             where = replace(where, threads=_threads_before(folder) or where.threads)
@@ -89,11 +90,8 @@ def train(
                 progress.say(line)
 
         run = _Run(job, fleet, folder, progress, begin, deaths, progressed)
-        try:
-            with _terminated(run):
-                return run.result()
-        finally:
-            folder.close()
+        with _terminated(run):
+            return run.result()
 
 
 def _job(
@@ -130,7 +128,7 @@ class _Run:
         progress: Progress,
         begin: Callable[[], object],
         deaths: int,
-        progressed: Callable[[], object] | None,
+        progressed: Callable[[int], object] | None,
     ) -> None:
         self.job, self.fleet, self.folder, self.progress = job, fleet, folder, progress
         self.begin = begin  # writes into the folder what the run starts from
@@ -149,7 +147,7 @@ class _Run:
             group = self._reserved()
             try:
                 if not self.made:  # a run that found no room leaves no folder behind
-                    position(self.folder, self.job)  # nor is one changed that does not fit
+                    self._position()  # nor is one changed that does not fit
                     self.folder.create()
                     self.begin()
                     del self.begin  # and the weights that it may hold
@@ -177,8 +175,22 @@ class _Run:
                 raise
             raise RunFailed(f"{error}; {self._kept()}: --resume goes on from there") from None
 
+    def _position(self) -> tuple[str | None, int]:
+        return patiently(partial(position, self.folder, self.job))
+
+    def _steps(self) -> list[int] | None:
+        """Of the checkpoints, None if the store does not tell now."""
+        try:
+            return self.folder.checkpoints()
+        except Exception as error:
+            if not passing(error):
+                raise
+            return None
+
     def _kept(self) -> str:
-        steps = self.folder.checkpoints()
+        steps = self._steps()
+        if steps is None:
+            return f"{self.folder.url} does not tell what checkpoints there are"
         return f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint"
 
     def _judge(self, error: ray.exceptions.RayError, actors: Actors) -> None:
@@ -205,18 +217,18 @@ class _Run:
 
     def _lose(self, lost: list[str]) -> None:
         """Says that the run goes on without these."""
-        kept = self.folder.checkpoints()
+        kept = self._steps()
         where = f"step {kept[-1]}, the last checkpoint" if kept else "the start"
+        where = "the last checkpoint" if kept is None else where
         self.folder.event("lost", processes=lost, restarts=self.restarts)
         self.progress.say(f"{', '.join(lost)} died: going on from {where}")
 
     def _attempt(self, actors: Actors) -> dict[str, Any]:
         """Trains from the last checkpoint to the end."""
-        resume, start = position(self.folder, self.job)
+        resume, start = self._position()
         mesh, itinerary = self.job.placement.mesh, self.job.itinerary
         feed, towers = actors.feed, actors.towers
-        self.augmenters, self.stalls = self.job.config.augmenters, 0  # as this feed has them
-        self.stopped = False
+        self.stalls, self.stopped = 0, False  # as this feed has them
         opened = feed.open.remote(start)  # the fleet starts while the towers build their weights
         (address,) = self._get([towers[0].address.remote()])
         joined = self._get([tower.join.remote(address, resume) for tower in towers])
@@ -237,12 +249,13 @@ class _Run:
         self.folder.event(
             "start", step=found["step"], mesh=str(mesh), device=device, threads=threads
         )
+        self.record.later(self.folder.publish)
         self.progress.start(self.job, found["step"])
         for report in actors.reports(start):
             if report:
                 self.record.take(report, feed)
             self._heed(feed)
-        steps = self.folder.checkpoints()
+        steps = patiently(self.folder.checkpoints)
         total = itinerary.total_steps
         judged = not itinerary.held_out or any(
             evaluation["step"] == total for evaluation in self.record.evaluations
@@ -255,10 +268,10 @@ class _Run:
         sha = ray.get(towers[0].weights_sha256.remote(self.folder.checkpoint(last)))
         return self.record.end(last, sha, self.restarts)
 
-    def _saved(self) -> None:
+    def _saved(self, step: int) -> None:
         self.row = 0
         if self.progressed:
-            self.progressed()
+            self.progressed(step)
 
     def _get(self, refs: list[Any]) -> list[Any]:
         """Their values, which a node that is gone may keep one waiting for; signals are heard."""
@@ -274,8 +287,9 @@ class _Run:
             return
         if not self.made:
             raise RunFailed(f"stopped by {self.stopping} before there was room for the run")
-        steps = self.folder.checkpoints()
+        steps = self._steps()
         step = f"step {steps[-1]}, of which a checkpoint is kept" if steps else "the start"
+        step = f"a step that {self.folder.url} does not tell" if steps is None else step
         raise RunFailed(f"stopped by {self.stopping} at {step}; --resume goes on from there")
 
     def _heed(self, feed: Any) -> None:
@@ -291,6 +305,7 @@ class _Run:
         wanted = self.folder.wanted_augmenters()
         if wanted and wanted != self.augmenters:
             self.augmenters = wanted
+            self.fleet.config = replace(self.fleet.config, augmenters=wanted)  # of later attempts
             ray.get(feed.scale.remote(wanted))
             self.record.later(partial(self.folder.scaled, wanted))
             self.progress.say(f"the fleet has {wanted} augmenters from here on")

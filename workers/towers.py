@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,10 @@ from pipeline.tracing import clock
 from pipeline.training import NotANumber, Totals, Trainer
 from workers.config import Config
 from workers.placement import Placement
-from workers.run import check_visible, checkpoint_url
+from workers.run import PAUSES, check_visible, checkpoint_url, patiently
 from workers.stream import Stream
 
 REPORT_SECONDS = 1.0
-PAUSES = 0, 1, 5, 25, 125  # seconds before attempts at the last checkpoint, if a store fails
 PROFILED = range(4, 12)  # steps since the start that a profile shows: the first ones warm up
 
 
@@ -73,7 +73,7 @@ class TowerActor:
         """
         config, placement = self.job.config, self.job.placement
         if self.job.folder:
-            check_visible(self.job.folder)
+            patiently(partial(check_visible, self.job.folder))
         device = torch.device("cuda", 0) if placement.device == "cuda" else torch.device("cpu")
         if placement.mesh.size > 1:
             _use_interface(ray.util.get_node_ip_address())
@@ -123,9 +123,10 @@ class TowerActor:
             schedule=config.pipeline,  # type: ignore[arg-type]
             limit=config.timeout,
         )
-        self.progress: dict[str, Any] = {"step": 0, "skipped": 0, "evaluations": []}
+        self.progress: dict[str, Any] = {"step": 0, "evaluations": []}
         if resume:
-            self.progress = checkpoint.load(resume, self.tower, self.optimizer, self.mesh)
+            load = partial(checkpoint.load, resume, self.tower, self.optimizer, self.mesh)
+            self.progress = patiently(load)  # on all ranks: a load that fails does so on each
         self.progress["order"] = self.job.itinerary.order
         slow = native.missing(device.type) if config.lrn else ""
         return {**self.progress, "slow": slow}
@@ -149,10 +150,8 @@ class TowerActor:
             images = stream.next()
             if images is None:  # the run is to stop here
                 break
-            if stream.skipped:
-                self.progress["skipped"] += stream.skipped
-                if self.rank % replica_size == 0:
-                    yield {"kind": "skipped", "count": stream.skipped, "faults": stream.faults}
+            if stream.skipped and self.rank % replica_size == 0:
+                yield {"kind": "skipped", "count": stream.skipped, "faults": stream.faults}
             if item.training:
                 epoch = (item.step - 1) / itinerary.steps_per_epoch
                 errors = [e["top1_error"] for e in evaluations]
@@ -194,10 +193,10 @@ class TowerActor:
                 yield from self._written()
             if self._due(item, itinerary):
                 yield from self._save()
-        for pause in PAUSES:  # the last one counts more than the time
-            time.sleep(pause)
+        for pause, following in zip(PAUSES, (*PAUSES[1:], None), strict=True):
+            time.sleep(pause)  # the last one counts more than the time
             yield from self._save()
-            yield from self._written(last=pause == PAUSES[-1])
+            yield from self._written(f"again in {following} s", last=following is None)
             if self.saved == self.progress["step"]:
                 break
         if config.profile:
@@ -235,11 +234,14 @@ class TowerActor:
             yield {"kind": "saving"}
         self.writer.save(path, self.tower, self.optimizer, self.progress)
 
-    def _written(self, last: bool = False) -> Iterator[dict[str, Any]]:
+    def _written(
+        self, then: str = "training goes on without this checkpoint", last: bool = False
+    ) -> Iterator[dict[str, Any]]:
         """Waits for a checkpoint that is being written, if one is; rank 0 reports it.
 
         Raises NotSaved if it could not be written, unless a store failed which may be back before
-        the `last` attempt: then there is none of this step, on any rank.
+        the `last` attempt: then there is none of this step, on any rank, and `then` says what
+        follows.
         """
         try:
             written = self.writer.finish()
@@ -248,7 +250,7 @@ class TowerActor:
                 raise
             self.saved = -1
             if self.rank == 0:
-                yield {"kind": "unsaved", "why": str(error)}
+                yield {"kind": "unsaved", "why": str(error), "then": then}
             return
         if written and self.rank == 0:
             path = checkpoint_url(self.job.folder, self.saved)

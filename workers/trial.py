@@ -19,7 +19,7 @@ from workers.data import STATISTICS, known_statistics
 from workers.errors import ClusterLost, RunFailed
 from workers.pool import Pool
 from workers.progress import Progress
-from workers.run import checkpoint_url, checkpoints, is_run
+from workers.run import Occupied, checkpoint_url, checkpoints, is_run
 from workers.supervisor import train
 
 POINTER = "run.json"
@@ -56,7 +56,7 @@ def trial(settings: dict[str, Any], make: Make, pool: Pool, folder: str) -> None
                 progressed=reporter.checkpointed,
                 pool=replace(pool, name=name),
             )
-        except ClusterLost:
+        except (ClusterLost, Occupied):  # by this trial's last try, on a node that is gone
             raise
         except (DataError, UserError, RunFailed) as error:
             # Such as a loss that is not a number: another try would end the same way.
@@ -100,13 +100,17 @@ def _forked(config: Config, origin: str, step: int) -> Config:
 
 
 class Reporter(Progress):
-    """Tells Tune of each evaluation once its checkpoint is written, so that none is told twice."""
+    """Tells Tune of each evaluation once, when its checkpoint is written."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.run, self.last, self.epochs = config.run, -1, 0
         self.training: list[tuple[float, float]] = []  # images and wrong ones, of this epoch
         self.waiting: list[dict[str, Any]] = []  # evaluations that were not told yet
+
+    def start(self, job: Any, step: int) -> None:
+        super().start(job, step)
+        self.training.clear()
 
     def step(self, report: dict[str, Any]) -> None:
         super().step(report)
@@ -115,18 +119,22 @@ class Reporter(Progress):
 
     def evaluation(self, report: dict[str, Any]) -> None:
         super().evaluation(report)
-        self.epochs = report["epoch"] + 1
-        self.waiting.append({**report, "train_error": self._train_error()})
+        self.epochs, step = report["epoch"] + 1, report["step"]
+        line = {**report, "train_error": self._train_error()}
+        if step > self.last:  # what was lost with a tower, and comes again, is told as it is then
+            self.waiting = [*(old for old in self.waiting if old["step"] < step), line]
 
-    def checkpointed(self) -> None:
-        """To be called at each checkpoint, which may come after the next evaluation."""
-        kept = checkpoints(self.run)[-1]
+    def checkpointed(self, kept: int) -> None:
+        """To be called with the step of each checkpoint, which may come after the next
+        evaluation.
+        """
         while self.waiting and self.waiting[0]["step"] <= kept:
             line = self.waiting.pop(0)
             self._report(line["epoch"] + 1, line)
 
     def ended(self, result: dict[str, Any]) -> None:
         """The run is at its end; a trial that was killed after its last report tells it here."""
+        self.checkpointed(result["steps"])
         if self.last != result["steps"]:
             line = {**result, "step": result["steps"], "train_error": self._train_error()}
             self._report(round(result["epochs"]), line)

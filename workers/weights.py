@@ -20,6 +20,7 @@ from workers.data import classes_of, keep, known_statistics
 from workers.errors import RunFailed
 from workers.initial import read_initial, recipe_of
 from workers.output import check_output, write_output
+from workers.progress import Progress
 from workers.run import RunFolder
 from workers.trained import Trained, open_trained
 
@@ -181,10 +182,10 @@ def import_(file: str, run: str, given: dict[str, Any]) -> dict[str, Any]:
         )
     classes = classes_of(data) if data else initial.classes
     folder = RunFolder(config, resume=False)
-    folder.create()
-    if classes:
-        keep(folder.url, classes, known_statistics(config.image, data.root) if data else None)
-    initial.begin(folder, config)
-    folder.close()
+    with folder.closing(Progress().say):
+        folder.create()
+        if classes:
+            keep(folder.url, classes, known_statistics(config.image, data.root) if data else None)
+        initial.begin(folder, config)
     sha = checkpoint.weights_sha256(folder.checkpoint(0))
     return {"run": config.run, "classes": count, "weights_sha256": sha}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,6 +248,17 @@ def test_a_step_waits_until_the_weights_are_copied(
     trainer.step(batch(NETWORK, 4, 1), 1)
     assert writer.finish()
     assert_equal(read_only(NETWORK, f"{tmp_path}/c", ALONE)[1], asked)
+
+
+def test_what_a_disk_says_is_said(tmp_path: Path) -> None:
+    trainer = make_trainer(NETWORK, dtype=torch.float32)
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
+    try:
+        with pytest.raises(checkpoint.NotSaved, match=r"/c cannot be written .* File too large$"):
+            checkpoint.save(f"{tmp_path}/c", trainer.tower, trainer.optimizer, PROGRESS, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])

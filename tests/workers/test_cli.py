@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import termios
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +21,7 @@ import pytest
 
 from workers.cli import main, parser
 from workers.output import write_output
+from workers.progress import Progress
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,3 +246,35 @@ def test_zsh_takes_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     script += "print -r -- $_comps[towers]"
     done = subprocess.run(["zsh", "-f", "-c", script], capture_output=True, text=True, check=True)
     assert (done.stdout.strip(), done.stderr) == ("_bash_complete -o default -F _towers", "")
+
+
+def test_a_terminal_may_stop_what_writes_in_the_background() -> None:
+    """By `stty tostop`: the run's process is in no terminal's foreground."""
+    pid, terminal = pty.fork()
+    if not pid:
+        attributes = termios.tcgetattr(1)
+        attributes[3] |= termios.TOSTOP
+        termios.tcsetattr(1, termios.TCSANOW, attributes)
+        program = "from workers.guard import guarded; guarded(lambda *_: print('hello') or 0, 1)"
+        os.execv(sys.executable, [sys.executable, "-c", program])
+    said = b""
+    while b"hello" not in said:  # or hangs
+        said += os.read(terminal, 1000)
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(terminal)
+
+
+def test_a_run_goes_on_without_its_terminal() -> None:
+    ours, terminal = pty.openpty()
+    out = os.fdopen(terminal, "w")
+    progress = Progress(out)
+    progress.say("there")
+    os.close(ours)
+    progress.say("gone")
+    progress.line("and gone")
+    with suppress(OSError):
+        out.close()
+    reader, pipe = os.pipe()
+    os.close(reader)
+    with pytest.raises(BrokenPipeError), os.fdopen(pipe, "w") as out:  # which `main` hears of
+        Progress(out).say("nobody reads it")

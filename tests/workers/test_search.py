@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import ray
 
@@ -228,12 +227,21 @@ def test_an_evaluation_is_told_once_its_own_checkpoint_is_written(
 
     monkeypatch.setattr("workers.trial.tune.report", report)
     reporter = Reporter(configure({"network": "alexnet-mini", "run": "memory://told"}))
-    fs = fsspec.filesystem("memory")
-    for epoch, step in enumerate((3, 6)):
-        reporter.training.append((10.0, 10.0 / (epoch + 1)))
-        measured = {"loss": 1.0, "top1_error": 0.5, "top5_error": 0.1, "images": 50}
-        reporter.evaluation({"epoch": epoch, "step": step, **measured})
+    measured = {"loss": 1.0, "top1_error": 0.5, "top5_error": 0.1, "images": 50}
+
+    def evaluated(epoch: int, wrong: float) -> None:
+        reporter.training.append((10.0, wrong))
+        reporter.evaluation({"epoch": epoch, "step": 3 * epoch + 3, **measured})
+
+    evaluated(0, 10.0)
+    evaluated(1, 9.0)
+    evaluated(1, 5.0)  # again, as a tower was lost with the first one's weights
     for step, count in (3, 1), (3, 1), (6, 2):
-        fs.pipe_file(f"/told/checkpoints/step-{step:08d}/.metadata", b"x")
-        reporter.checkpointed()
+        reporter.checkpointed(step)
         assert told == [(1, 3, 1.0), (2, 6, 0.5)][:count]
+    evaluated(1, 5.0)
+    reporter.checkpointed(6)
+    assert len(told) == 2
+    evaluated(2, 4.0)
+    reporter.ended({"steps": 9, "epochs": 3.0, **measured})
+    assert told[2:] == [(3, 9, 0.4)]

@@ -27,6 +27,7 @@ from datasets.shards import write_manifest, write_split
 from pipeline.checkpoint import read_progress
 from workers.cli import main
 from workers.config import UserError, configure
+from workers.errors import RunFailed
 from workers.progress import Progress
 from workers.run import RunFolder, checkpoints, read_lines, read_scale, write_scale
 from workers.supervisor import train
@@ -126,7 +127,7 @@ def test_shards_and_run_on_an_object_store(
     given |= {"shards": f"{bucket}/shards/", "run": f"{bucket}/run/", "log_every": 1}
     config, published = configure(given), []
 
-    def saved() -> None:
+    def saved(step: int) -> None:
         fs.invalidate_cache()
         published.append(fs.cat_file("bucket/run/metrics.jsonl"))
 
@@ -165,6 +166,41 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     goes_on = RunFolder(config, resume=True)
     goes_on.create()
     goes_on.close()
+
+
+def test_lines_that_a_store_did_not_take_at_the_end_are_kept_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And hide neither the run's result nor what ended it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = RunFolder(
+        configure({"network": "alexnet-mini", "run": "memory://untaken"}), resume=False
+    )
+    said: list[str] = []
+    folder.create()
+    folder.event("end")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("expired")
+
+    monkeypatch.setattr(folder.fs, "put", refuse)
+    with pytest.raises(RunFailed, match="the reason"), folder.closing(said.append):
+        raise RunFailed("the reason")
+    assert len(said) == 1
+    kept = said[0].rpartition("the run's last lines are in ")[2]
+    assert len(read_lines(kept, "events.jsonl")) == 1
+    assert said[0].startswith("memory://untaken: expired; ")
+
+
+def test_a_full_disk_ends_a_run_in_a_line(tmp_path: Path) -> None:
+    config = configure({"network": "alexnet-mini", "run": f"{tmp_path}/run"})
+    folder = RunFolder(config, resume=False)
+    folder.create()
+    os.remove(f"{tmp_path}/run/events.jsonl")
+    os.symlink("/dev/full", f"{tmp_path}/run/events.jsonl")
+    with pytest.raises(RunFailed, match=r"run/events.jsonl cannot be written: No space left"):
+        folder.event("start")
+    folder.close()
 
 
 def test_half_a_line_of_a_machine_that_failed_is_dropped(tmp_path: Path) -> None:
@@ -257,9 +293,9 @@ def test_what_is_left_of_a_removed_checkpoint_is_none(
     with monkeypatch.context() as broken:
         broken.setattr("workers.run.remove", ended)
         with pytest.raises(KeyboardInterrupt):
-            folder.prune(1, None)
+            folder.prune(1, {})
     assert folder.checkpoints() == [2]
-    folder.prune(1, None)
+    folder.prune(1, {})
     left = folder.fs.ls(f"/{name}/checkpoints", detail=False)
     assert left == [f"/{name}/checkpoints/step-00000002"]
 

@@ -152,19 +152,25 @@ def test_of_the_checkpoints_the_newest_and_the_best_are_kept() -> None:
     folder = RunFolder(about.config, resume=None)
     folder.create()
     try:
-        record = Record(about, folder, Progress(), lambda: saved.append(folder.checkpoints()))
-        for step, wrong in ((1, 5), (2, 2), (3, 4)):
-            for file in ("__0_0.distcp", ".metadata"):
-                folder.fs.pipe_file(f"{folder.path}/checkpoints/step-{step:08d}/{file}", b"")
+        record = Record(
+            about, folder, Progress(), lambda step: saved.append([step, *folder.checkpoints()])
+        )
+        for step, wrong in ((1, 5), (2, 2), (3, 1), (4, 3)):
             line = {"step": step, "epoch": step - 1, "images": 10}
             line |= Totals(10, 20.0, wrong, 0).means()
             record.take({"kind": "evaluation", **line}, None)
+            if step == 3:  # the best of all, which a store did not take
+                record.take({"kind": "unsaved", "why": "no store", "then": "going on"}, None)
+                continue
+            for file in ("__0_0.distcp", ".metadata"):
+                folder.fs.pipe_file(f"{folder.path}/checkpoints/step-{step:08d}/{file}", b"")
             path = folder.checkpoint(step)
             record.take({"kind": "checkpoint", "step": step, "path": path}, None)
-        assert folder.checkpoints() == [2, 3]
-        assert saved == [[1], [1, 2], [2, 3]]
+        assert folder.checkpoints() == [2, 4]
+        assert saved == [[1, 1], [2, 1, 2], [4, 2, 4]]
         events = read_lines(url, EVENTS)  # published with the checkpoint
-        assert [(e["event"], e["step"]) for e in events] == [("checkpoint", n) for n in (1, 2, 3)]
+        found = [(e["event"], e.get("step")) for e in events]
+        assert found == [*(("checkpoint", n) for n in (1, 2)), ("unsaved", None), ("checkpoint", 4)]
     finally:
         folder.close()
         fsspec.filesystem("memory").rm("/record", recursive=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -179,16 +180,29 @@ class Killer(Progress):
 
 
 def test_killed_towers_and_feed_come_back_to_the_same_weights(
-    undisturbed: tuple[Path, dict], tmp_path: Path, kill_own: Callable[[str], None]
+    undisturbed: tuple[Path, dict],
+    tmp_path: Path,
+    kill_own: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed before the last batch of an epoch and after it. As the undisturbed run, by the
-    configuration that this left, with another fleet; one restart between two checkpoints.
+    """Killed before the last batch of an epoch and after it, when the store does not answer for a
+    moment. As the undisturbed run, by the configuration that this left, with another fleet; one
+    restart between two checkpoints.
     """
-    due = {2: "ray::TowerActor", 3: "ray::Feed"}
+    due, away = {2: "ray::TowerActor", 3: "ray::Feed"}, [0]
 
-    def saved() -> None:
-        if due and checkpoints(f"{tmp_path}/run")[-1] >= min(due):
+    def listed(run: str) -> list[int]:
+        if away[0]:
+            away[0] -= 1
+            raise OSError(errno.EBUSY, "the store is away")
+        return checkpoints(run)
+
+    def saved(step: int) -> None:
+        if due and step >= min(due):
             kill_own(due.pop(min(due)))
+            away[0] = 4  # it cannot be pruned now, nor is known what it is to go on from
+
+    monkeypatch.setattr("workers.run.checkpoints", listed)
 
     more = {"augmenters": "1:2", "checkpoint_every": 2, "keep": 9, "log_every": 1, "restarts": 1}
     config = configure({"run": f"{tmp_path}/run", **more}, f"{undisturbed[0]}/config.toml")

@@ -65,13 +65,13 @@ def _train(args: argparse.Namespace) -> int:
         file = f"{locate(said['run'])}/config.toml"
     config = configure(said, file, goes_on=resume)
 
-    def work(deaths: int = 0, progressed: Callable[[], object] | None = None) -> int:
+    def work(deaths: int = 0, progressed: Callable[[], object] = lambda: None) -> int:
         from workers.errors import ClusterLost
         from workers.progress import result_table
         from workers.supervisor import train
 
         try:
-            result = train(config, resume=resume, deaths=deaths, progressed=progressed)
+            result = train(config, resume=resume, deaths=deaths, progressed=lambda _: progressed())
         except ClusterLost as error:
             if not args.guard:
                 raise
