@@ -28,11 +28,12 @@ def ranks() -> Iterator[Ranks]:
 def hang(mesh: Mesh, layer: str) -> str:
     """Rank 1 never comes to `layer`; what rank 0 says of it."""
     trainer = make_trainer(NETWORK, mesh)
+    images = seen(batch(NETWORK, 4), trainer)
+    trainer.step(images, 0)  # in which modules are loaded
+    dist.barrier()
     for peer in (trainer.pair, trainer.line, trainer, trainer.averager):
         if peer:
             peer.limit = LIMIT
-    images = seen(batch(NETWORK, 4), trainer)
-    trainer.step(images, 0)
     if dist.get_rank() == 1:
         if layer:
             trainer.tower.blocks[layer].register_forward_pre_hook(lambda *_: time.sleep(60))

@@ -82,7 +82,7 @@ def trained(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = {"network": "alexnet-mini", "shards": shards}
     small_ray()
     more = {"batch": 64, "epochs": 2, "augmenters": "1:1", "run": f"{folder}/run"}
-    train(configure({**given, **more}), progress=Killer())
+    assert train(configure({**given, **more}), progress=Killer())["restarts"] == 1
     export(f"{folder}/run", f"{folder}/w.safetensors", 3)
     import_(f"{folder}/w.safetensors", f"{folder}/other", given)
     evaluate([f"{folder}/run", f"{folder}/other"], weights=[3, 1])

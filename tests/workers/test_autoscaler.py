@@ -37,9 +37,12 @@ WATCH = """
 import sys, time
 from ray.autoscaler.v2.sdk import get_cluster_status
 while True:
-    status = get_cluster_status(sys.argv[1])
-    nodes = status.active_nodes + status.idle_nodes
-    print(*(node.ray_node_type_name for node in nodes), flush=True)
+    try:
+        status = get_cluster_status(sys.argv[1])
+        nodes = status.active_nodes + status.idle_nodes
+        print(*(node.ray_node_type_name for node in nodes), flush=True)
+    except Exception:
+        print(flush=True)
     time.sleep(0.3)
 """
 
@@ -132,7 +135,7 @@ def nodes(environment: dict[str, str]) -> Iterator[Callable[[int], None]]:
 
     def until(augmenting: int) -> None:
         # Ray Data's own request would stand for 180 s after its process was killed.
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + (400 if augmenting else 150)
         assert watch.stdout
         for line in watch.stdout:
             found = line.split()

@@ -260,7 +260,7 @@ def test_a_stream_that_stalls_over_the_last_items_is_started_anew(
 
     rest = threading.Thread(target=take, daemon=True)
     rest.start()
-    rest.join(60)
+    rest.join(300)
     assert len(found) == len(leaving.itinerary)
     assert feed.state()["stalls"] >= 1  # actors of the next stream may take longer to start
     feed.stop()

@@ -102,8 +102,9 @@ def test_a_killed_worker_loses_nothing(
         while not killed and time.monotonic() < deadline:
             begun = list((tmp_path / "shards" / ".prepare").glob("*.partial"))
             for process in processes("ray::MapBatches(_call)") if begun else []:
-                os.kill(process, signal.SIGKILL)
-                killed.append(process)
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+                    killed.append(process)
             time.sleep(0.005)
 
     killer = threading.Thread(target=kill)

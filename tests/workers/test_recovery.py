@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from workers.supervisor import train
 
 SMALL = {"network": "alexnet-mini", "batch": 64, "epochs": 20, "steps": 30}
 SMALL |= {"augmenters": "1:1", "log_every": 1}
+# A Ray of its own, in which towers have as many threads as in that of `longer`.
+ALONE = {**os.environ, "RAY_ADDRESS": "local", "RAY_OVERRIDE_RESOURCES": '{"CPU": 4}'}
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -81,7 +84,7 @@ def test_a_killed_supervisor_is_started_again_and_a_lost_cluster_resumed(
     run = tmp_path / "run"
     with subprocess.Popen(
         command(shards, run, "--checkpoint-every", "2"),
-        env={**os.environ, "RAY_ADDRESS": "local"},
+        env=ALONE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -97,7 +100,8 @@ def test_a_killed_supervisor_is_started_again_and_a_lost_cluster_resumed(
             if kept == 1:
                 assert kill(job, "supervisor")
         for pid in [job.pid, *below(job.pid)]:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         _, said = job.communicate()
     assert "the run's supervisor was killed by SIGKILL: started again" in said
     assert [event["restarts"] for event in events(run, "lost")] == [1]
@@ -105,6 +109,7 @@ def test_a_killed_supervisor_is_started_again_and_a_lost_cluster_resumed(
     done = checkpoints(str(run))
     again = subprocess.run(
         [sys.executable.replace("python", "towers"), "train", "--run", str(run), "--resume"],
+        env=ALONE,
         capture_output=True,
         text=True,
     )

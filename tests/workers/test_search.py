@@ -53,9 +53,12 @@ def found(
     said: list[str] = []
 
     class Killer(Progress):
+        killed = False
+
         def say(self, text: str) -> None:
             said.append(text)
-            if "epoch 1" in text:
+            if "epoch 1" in text and not self.killed:
+                self.killed = True
                 kill_own("ray::ImplicitFunc")
             if "lost its process: it goes on" in text:
                 raise Interrupted

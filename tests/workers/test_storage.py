@@ -92,12 +92,21 @@ def bucket(store: Store) -> Iterator[str]:
 
 
 class Outages(Progress):
-    """Ends a store's server after a step for some seconds, and after a later one for good."""
+    """Ends a store's server after a step, for some seconds or until the run says a thing; and after
+    a later one for good.
+    """
 
-    def __init__(self, store: Store, steps: list[int], seconds: float) -> None:
+    def __init__(self, store: Store, steps: list[int], until: float | str) -> None:
         super().__init__()
-        self.store, self.steps, self.seconds = store, steps, seconds
+        self.store, self.steps, self.until = store, steps, until
         self.again: list[threading.Timer] = []
+        self.away = False
+
+    def say(self, text: str) -> None:
+        super().say(text)
+        if self.away and isinstance(self.until, str) and self.until in text:
+            self.away = False
+            self.store.start()
 
     def step(self, report: dict[str, Any]) -> None:
         super().step(report)
@@ -107,8 +116,9 @@ class Outages(Progress):
         for again in self.again:
             again.join()
         self.store.stop()
-        if self.steps:
-            self.again.append(threading.Timer(self.seconds, self.store.start))
+        self.away = True
+        if self.steps and isinstance(self.until, float):
+            self.again.append(threading.Timer(self.until, self.store.start))
             self.again[0].start()
 
 
@@ -131,7 +141,7 @@ def test_shards_and_run_on_an_object_store(
         fs.invalidate_cache()
         published.append(fs.cat_file("bucket/run/metrics.jsonl"))
 
-    outages = Outages(store, [1, 1000], 6.0)
+    outages = Outages(store, [1, 1000], "goes on without this checkpoint")
     result = train(config, progress=outages, progressed=saved)
     assert result["steps"] == 6
     assert checkpoints(f"{bucket}/run") == [6]
@@ -312,7 +322,7 @@ def test_a_store_that_stops_answering(bucket: str, store: Store, tmp_path: Path)
     run = f"{tmp_path}/run"
     given = {"network": "alexnet-mini", "batch": 16, "epochs": 1, "augmenters": "1:1"}
     given |= {"checkpoint_every": 5, "log_every": 1, "shards": url, "run": run}
-    outages = Outages(store, [12, 30], 4.0)
+    outages = Outages(store, [12, 30], 2.5)
     with pytest.raises(DataError, match=r"s3://.*the store failed, again and again"):
         train(configure(given), progress=outages)
     assert not outages.steps
