@@ -35,20 +35,29 @@ IMAGES = ("image", "img", "jpg", "jpeg", "png", "picture", "photo")
 LABELS = ("label", "labels", "fine_label", "cls", "class", "target", "y")
 
 
+def split_word(path: str) -> str:
+    """The split that a word of a file's name, or else the nearest folder, is a name of; else ""."""
+    *folders, name = path.lower().split("/")
+    words = [*re.split(r"[-_.]", name), *reversed(folders)]
+    return next((SPLITS[word] for word in words if word in SPLITS), "")
+
+
 def split_files(root: str, paths: list[str]) -> dict[str, list[str]]:
     """The Parquet files below `root` by split, each split in the order of names.
 
-    A file `train-*` or in a folder `train` belongs to "train"; all of them do if no name tells.
+    A file `train-*`, `*_train` or in a folder `train` belongs to "train"; all of them do if no name
+    tells, and beside such a one `other-00000` to "other".
     Raises DataError if files that names like `train-00000-of-00042` speak of are missing, or there
     are several data sets in folders of their own, as Hugging Face has configurations.
     """
     splits: dict[str, list[str]] = defaultdict(list)
     sets: dict[str, set[str]] = defaultdict(set)
-    for path in sorted(paths):
-        *folders, name = path.removeprefix(root).strip("/").split("/")
-        parts = [re.split(r"[-_.]", name)[0], *reversed(folders)]
-        known = next((SPLITS[part.lower()] for part in parts if part.lower() in SPLITS), None)
-        numbered = re.match(r"(\w+)-\d+", name)
+    below = {path: path.removeprefix(root).strip("/") for path in sorted(paths)}
+    told = any(map(split_word, below.values()))
+    for path, inner in below.items():
+        *folders, name = inner.split("/")
+        known = split_word(inner)
+        numbered = re.match(r"(\w+)-\d+", name) if told else None
         splits[known or (numbered[1] if numbered else "train")].append(path)
         if known:
             sets[known].add("/".join(takewhile(lambda f: f.lower() not in SPLITS, folders)))

@@ -75,10 +75,13 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Made:
-    """One finished shard: the rows of its row groups, what was skipped, sums if for training."""
+    """One finished shard: the rows of its row groups, what was skipped and, as often, the reasons
+    in short; sums if for training.
+    """
 
     groups: tuple[int, ...]
     faults: tuple[str, ...]
+    reasons: tuple[str, ...]
     sums: Sums | None
 
 
@@ -151,8 +154,8 @@ def finished(plan: Preparation, split: str, number: int) -> Made | None:
             if "pixels" in file:
                 sums = Sums(plan.options.size, int(file["images"]))
                 sums.pixels, sums.moments = file["pixels"], file["moments"]
-            faults = tuple(json.loads(str(file["faults"])))
-            return Made(tuple(file["groups"].tolist()), faults, sums)
+            faults, reasons = (tuple(json.loads(str(file[n]))) for n in ("faults", "reasons"))
+            return Made(tuple(file["groups"].tolist()), faults, reasons, sums)
     except Exception:  # whatever a damaged file makes numpy raise: the shard is made again
         return None
 
@@ -181,6 +184,7 @@ def save_made(plan: Preparation, split: str, number: int, made: Made) -> None:
     arrays: dict[str, Any] = {
         "groups": np.array(made.groups, np.int64),
         "faults": np.array(json.dumps(made.faults)),
+        "reasons": np.array(json.dumps(made.reasons)),
     }
     if made.sums:
         arrays |= {name: getattr(made.sums, name) for name in ("images", "pixels", "moments")}

@@ -137,6 +137,13 @@ def by_folder(names: Sequence[str]) -> list[tuple[str, str]]:
     folders = [[p for p in name.split("/")[:-1] if p not in ("", ".")] for name in names]
     folders = _without_common(folders)
     splits = [""] * len(names)
+    # Of two, not of a class that is called so: below them there are classes.
+    parts = {SPLITS[f[0].lower()] for f in folders if len(f) > 1 and f[0].lower() in SPLITS}
+    odd = next((f[0] for f in folders if f and f[0].lower() not in SPLITS), "")
+    if len(parts) > 1 and odd:
+        raise DataError(
+            f"{odd}: a folder beside those of the splits ({', '.join(sorted(parts))}); move it away"
+        )
     # Not of classes that are called so: below one of them there are others.
     if all(f and f[0].lower() in SPLITS for f in folders) and any(len(f) > 1 for f in folders):
         splits = [SPLITS[f[0].lower()] for f in folders]

@@ -92,6 +92,7 @@ def make_shard(plan: Preparation, split: str, number: int) -> Iterator[int]:
     options = plan.options
     sums = Sums(options.size) if split == "train" else None
     faults: list[str] = []
+    reasons: list[str] = []
     done = 0
 
     def records() -> Iterator[Encoded]:
@@ -110,6 +111,8 @@ def make_shard(plan: Preparation, split: str, number: int) -> Iterator[int]:
                 if options.on_error == "fail":
                     raise
                 faults.append(str(error))
+                told = faults[-1].rpartition(f"{entry.name}: ")[2]  # a name may hold anything
+                reasons.append(told.partition("(")[0].partition(";")[0].strip())
                 continue
             if sums:
                 sums.add(pixels)
@@ -122,7 +125,7 @@ def make_shard(plan: Preparation, split: str, number: int) -> Iterator[int]:
             for count in write_shard(file, plan.classes, rows):
                 groups.append(count)
                 yield done
-        save_made(plan, split, number, Made(tuple(groups), tuple(faults), sums))
+        save_made(plan, split, number, Made(tuple(groups), tuple(faults), tuple(reasons), sums))
     except OSError as error:
         raise DataError(f"{plan.url}: cannot be written: {error}; free or mend it") from None
     yield len(entries)
@@ -145,8 +148,7 @@ def finish(plan: Preparation) -> dict[str, Any]:
             if made is None:
                 raise DataError(f"{plan.url}: {plan.name(split, number)} is gone; prepare again")
             splits[split].append(Shard(f"{root}/{plan.name(split, number)}", made.groups))
-            for fault in made.faults:
-                reason = fault.partition(": ")[2].partition("(")[0].partition(";")[0].strip()
+            for reason in made.reasons:
                 skipped[reason] = skipped.get(reason, 0) + 1
             if made.sums:
                 total.merge(made.sums)

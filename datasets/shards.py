@@ -47,6 +47,7 @@ FORMAT = 1
 
 MANIFEST = "dataset.json"
 
+DEEP = 4  # levels of folders below its own in which a data set's files are looked for
 WORK = ".prepare"
 """Folder in which `towers prepare` keeps what it needs until it has ended."""
 
@@ -73,7 +74,7 @@ def open_dataset(url: str, *, check: bool = True, labelled: bool = True) -> Data
         return dataset
     if fs.exists(f"{root}/{WORK}"):
         raise DataError(f"{url}: its preparation has not ended; run `towers prepare` again")
-    found = [path for path in fs.find(root, maxdepth=4) if path.endswith(".parquet")]
+    found = [path for path in fs.find(root, maxdepth=DEEP) if path.endswith(".parquet")]
     if not found:
         raise DataError(f"{url}: no Parquet files there; `towers prepare` makes them of images")
     splits = split_files(root, found)
@@ -269,9 +270,11 @@ def _ours(root: str, text: bytes) -> Dataset:
     try:
         manifest = json.loads(text)
         splits = {
-            split: tuple(Shard(f"{root}/{f['file']}", tuple(f["groups"])) for f in files)
+            split: tuple(Shard(f"{root}/{f['file']}", _numbers(f["groups"])) for f in files)
             for split, files in manifest["splits"].items()
         }
+        if manifest["size"] is not None:
+            _numbers([manifest["size"]])
         dataset = Dataset(
             root,
             manifest["image"],
@@ -290,14 +293,25 @@ def _ours(root: str, text: bytes) -> Dataset:
     return dataset
 
 
+def _numbers(values: Any) -> tuple[int, ...]:
+    if not all(type(value) is int for value in values):
+        raise TypeError(f"{values!r} are no integers")
+    return tuple(values)
+
+
 def _check_footers(dataset: Dataset) -> None:
     shards = [shard for split in dataset.splits.values() for shard in split]
-    for shard, (found, _) in zip(shards, _footers([s.path for s in shards]), strict=True):
-        check_groups(shard, found)
+    for shard, found in zip(shards, _footers([s.path for s in shards]), strict=True):
+        check_footer(dataset, shard, *found)
 
 
-def check_groups(shard: Shard, found: Shard) -> None:
-    """Raises DataError if a file's row groups are others than the manifest says."""
+def check_footer(dataset: Dataset, shard: Shard, found: Shard, schema: Any) -> None:
+    """Raises DataError if a file's row groups or columns are others than the manifest says."""
+    for name in (dataset.image, dataset.label):
+        if name not in schema.names:
+            raise DataError(
+                f"{shard.path}: no column {name!r} as by {MANIFEST}; prepare the data set again"
+            )
     if found.groups != shard.groups:
         raise DataError(
             f"{shard.path}: {found.rows} rows in {len(found.groups)} row groups, "

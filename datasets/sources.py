@@ -11,11 +11,11 @@ import pyarrow as pa
 
 from datasets import DataError
 from datasets.archives import HEADERS, Member, tar_members, zip_members
-from datasets.foreign import SPLITS
+from datasets.foreign import SPLITS, split_word
 from datasets.images import is_image
 from datasets.layout import Dataset
 from datasets.listing import list_columns, read_list
-from datasets.shards import open_dataset
+from datasets.shards import DEEP, open_dataset
 from datasets.storage import (
     address,
     existing,
@@ -151,9 +151,9 @@ def _folder(url: str, fs: Any, root: str) -> Source:
     files, folders = _parted(fs, root)
     if tars := [f for f in files if f.endswith(".tar")]:
         return _archives(url, fs, tars)
-    deeper = {f: _parted(fs, f) for f in folders if _last(f) in SPLITS or _last(f) == "data"}
+    deeper = {f: _parted(fs, f) for f in folders if _last(f).lower() in (*SPLITS, "data")}
     below = sorted(file for own, _ in deeper.values() for file in own)
-    if any(f.endswith(".parquet") for f in [*files, *below]):
+    if any(f.endswith(".parquet") for f in [*files, *below, *_first_files(fs, folders)]):
         return _parquet(url)
     if tars := [f for f in below if f.endswith(".tar")]:
         return _archives(url, fs, tars)
@@ -168,9 +168,19 @@ def _folder(url: str, fs: Any, root: str) -> Source:
     return Source(url, "files", tuple(Part(address(fs, path)) for path in sorted(parts)))
 
 
+def _first_files(fs: Any, folders: Sequence[str]) -> list[str]:
+    """The files in the first of some folders, or in its own first, as deep as data sets are."""
+    files: list[str] = []
+    for _ in range(DEEP - 1):
+        if not folders or files:
+            break
+        files, folders = _parted(fs, folders[0])
+    return files
+
+
 def _parted(fs: Any, folder: str) -> tuple[list[str], list[str]]:
-    """Files and folders that lie in a folder."""
-    found = inside(fs, folder)
+    """Files and folders that lie in a folder, but for hidden ones."""
+    found = [entry for entry in inside(fs, folder) if not _last(entry["name"]).startswith(".")]
     files = [entry["name"] for entry in found if entry["type"] == "file"]
     return files, [entry["name"].rstrip("/") for entry in found if entry["type"] == "directory"]
 
@@ -287,7 +297,7 @@ def _members(source: Source, part: Part) -> Iterator[Found]:
 
 def _images(found: Iterator[Found], part: Part, passed: list[str]) -> Iterator[tuple[Any, ...]]:
     for file, member, label in found:
-        if not is_image(member.name):
+        if _hidden(member.name) or not is_image(member.name):
             passed.append(member.name)
             continue
         try:
@@ -295,6 +305,12 @@ def _images(found: Iterator[Found], part: Part, passed: list[str]) -> Iterator[t
         except UnicodeEncodeError:
             raise DataError(f"{part.file}: {member.name!a} is no UTF-8; rename it") from None
         yield file, *member[1:], member.name, label, part.split
+
+
+def _hidden(name: str) -> bool:
+    """Whether a file in a source is of a system's or an editor's, such as macOS's."""
+    parts = name.split("/")
+    return "__MACOSX" in parts or any(p.startswith(".") and p not in (".", "..") for p in parts)
 
 
 def _table(rows: Iterator[tuple[Any, ...]]) -> Any:
@@ -313,9 +329,8 @@ def _paths(schema: Any) -> bool:
 
 
 def _split_of(path: str) -> str:
-    words = _last(path).lower().replace("_", "-").replace(".", "-").split("-")
-    folder = path.split("/")[-2:-1]
-    return next((SPLITS[word] for word in [*words, *folder] if word in SPLITS), "")
+    """By its name or the folder that it lies in."""
+    return split_word("/".join(path.split("/")[-2:]))
 
 
 def _last(path: str) -> str:

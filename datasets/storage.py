@@ -28,6 +28,8 @@ def storage(url: str) -> tuple[Any, str]:
 
     Raises DataError for a kind of URL that fsspec doesn't know or lacks the package for.
     """
+    if "://" not in url:  # fsspec would take "::" in a name for its own
+        return LocalFileSystem(), str(LocalFileSystem._strip_protocol(url)).rstrip("/")
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:

@@ -15,7 +15,7 @@ from datasets import DataError
 from datasets.images import decode
 from datasets.layout import Dataset
 from datasets.rows import Rows
-from datasets.shards import MANIFEST, check_groups, read_shard
+from datasets.shards import MANIFEST, check_footer, read_shard
 from datasets.statistics import Statistics, Sums
 from datasets.storage import matching, passing, persistent, storage
 
@@ -46,7 +46,8 @@ def check_shard(dataset: Dataset, item: tuple[str, int]) -> Iterator[Checked]:
     rows = Rows(dataset, split, cache_groups=1)
     sums = Sums(dataset.size) if split == "train" and dataset.size else None
     try:
-        check_groups(shard, persistent(shard.path, lambda: read_shard(shard.path)[0]))
+        found = persistent(shard.path, lambda: read_shard(shard.path))
+        check_footer(dataset, shard, *found)
     except DataError as error:
         yield _checked(split, [], (str(error),), sums)
         return
@@ -125,15 +126,16 @@ class Findings:
         contents = {s: _joined([c.contents for c in self.parts[s]]) for s in dataset.splits}
         rows = {s: _joined([c.rows for c in self.parts[s]]) for s in dataset.splits}
         for one, other in combinations(dataset.splits, 2):
-            _, a, b = np.intersect1d(contents[one], contents[other], return_indices=True)
-            for i, j in zip(a.tolist(), b.tolist(), strict=True):
+            values, first = np.unique(contents[one], return_index=True)
+            at = np.searchsorted(values, contents[other])
+            for j in np.flatnonzero(values.take(at, mode="clip") == contents[other]).tolist():
                 faults.append(
                     f"{dataset.place(other, int(rows[other][j]))}: the image is also in "
-                    f"{dataset.place(one, int(rows[one][i]))}; remove one"
+                    f"{dataset.place(one, int(rows[one][first[at[j]]]))}; remove one"
                 )
         for split, hashes in contents.items():
-            if twice := len(hashes) - len(np.unique(hashes)):
-                notes.append(f"{split}: {twice} images are there more than once")
+            if twice := int((np.unique(hashes, return_counts=True)[1] > 1).sum()):
+                notes.append(f"{split}: {twice} image(s) are there more than once")
         seen = np.unique(_joined([c.labels for c in self.parts.get("train", [])]))
         if lacking := len(dataset.classes) - len(seen):
             notes.append(f"train: {lacking} of {len(dataset.classes)} classes have no image")

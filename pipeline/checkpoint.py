@@ -7,6 +7,7 @@ mesh loads what any other saved. `.metadata` is written last: a folder without i
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 import threading
@@ -205,8 +206,14 @@ def _dump(
 
 
 def _load(path: str, state: dict[str, Any], *, alone: bool = True) -> None:
+    class Planner(_dcp().DefaultLoadPlanner):  # type: ignore[misc]
+        def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+            torch.load(value, weights_only=True)  # raises if reading it would run anything
+            value.seek(0)
+            super().load_bytes(read_item, value)
+
     with _named(path):
-        _dcp().load(state, storage_reader=_storage("Reader", path), no_dist=alone)
+        _dcp().load(state, storage_reader=_reader(path), planner=Planner(), no_dist=alone)
 
 
 @contextmanager
@@ -267,6 +274,39 @@ def _tensors(
     return {key: whole(key, tensor) for key, tensor in local.items()}
 
 
+_METADATA = "torch.distributed.checkpoint.metadata"
+_OF_METADATA = {
+    *(("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size")),
+    *(("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")),
+    *(("torch", name) for name in ("float16", "bfloat16", "float32", "float64")),
+    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
+    *((_METADATA, f"{kind}StorageMetadata") for kind in ("Tensor", "Chunk", "Bytes")),
+    *((_METADATA, name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
+}
+"""What torch pickles into `.metadata`."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _OF_METADATA:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
+        return super().find_class(module, name)
+
+
+def _reader(path: str) -> Any:
+    """A Reader that runs nothing that somebody's checkpoint may name: torch's own trusts it."""
+    reader = _storage("Reader", path)
+    read = reader.read_metadata
+
+    def read_metadata(*arguments: Any, **named: Any) -> Any:
+        with reader.fs.create_stream(reader.fs.concat_path(reader.path, ".metadata"), "rb") as file:
+            _Unpickler(file).load()
+        return read(*arguments, **named)
+
+    reader.read_metadata = read_metadata
+    return reader
+
+
 def _storage(kind: str, path: str) -> Any:
     """A Reader or Writer of a folder or URL."""
     if "://" in path:
@@ -293,7 +333,7 @@ def _writer(path: str) -> Any:
 
 def _metadata(path: str) -> dict[str, TensorStorageMetadata]:
     with _named(path):
-        items = _storage("Reader", path).read_metadata().state_dict_metadata
+        items = _reader(path).read_metadata().state_dict_metadata
     tensor = _dcp(".metadata").TensorStorageMetadata
     return {name: m for name, m in items.items() if isinstance(m, tensor)}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -83,10 +84,13 @@ def fitting(
 
 
 def read_about(file: str) -> dict[str, Any]:
-    """What was written beside the weights of a `.safetensors` file: network, classes and so on."""
+    """What was written beside the weights of a `.safetensors` file: network, classes and so on.
+
+    Raises ValueError for a file that is not readable.
+    """
     from safetensors import safe_open
 
-    with safe_open(file, "pt") as opened:
+    with _named(file), safe_open(file, "pt") as opened:
         about: dict[str, Any] = dict(opened.metadata() or {})
     return {name: _value(text) for name, text in about.items()}
 
@@ -99,8 +103,19 @@ def _value(text: str) -> Any:
         return text
 
 
-def _read(file: str) -> dict[str, Tensor]:
+@contextmanager
+def _named(file: str) -> Iterator[None]:
     try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except Exception as error:  # a damaged file raises whatever its library stumbled on
+        said = " ".join(str(error).split())[:150]
+        raise ValueError(f"{file}: not readable as weights ({said})") from error
+
+
+def _read(file: str) -> dict[str, Tensor]:
+    with _named(file):
         if file.endswith(".safetensors"):
             from safetensors.torch import load_file
 
@@ -113,11 +128,6 @@ def _read(file: str) -> dict[str, Tensor]:
         if file.endswith(".npz"):
             with np.load(file, allow_pickle=False) as arrays:
                 return _caffe({name: arrays[name] for name in arrays.files})
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file") from None
-    except Exception as error:  # a damaged file raises whatever its library stumbled on
-        said = " ".join(str(error).split())[:150]
-        raise ValueError(f"{file}: not readable as weights ({said})") from error
     raise ValueError(f"{file}: a name that ends in .safetensors, .pt or .npz is wanted")
 
 

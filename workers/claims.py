@@ -221,9 +221,12 @@ def judge(
     return Finding(figure, low, high, verdict, bound=not worse_reached)
 
 
+TINY = 1e-20  # a variance that is what is left of rounding
+
+
 def interval(better: Sequence[float], worse: Sequence[float]) -> tuple[float, float, float]:
     """The difference of the means, worse - better, and where it lies with 95% certainty by the
-    spread of the values, nan without one.
+    spread of the values, nan without one: errors are counts, and equal ones say little of it.
 
     As many values of either are taken in pairs: runs of one seed see the same images in the same
     order. A single value is taken to be as uncertain as one of the others.
@@ -239,5 +242,7 @@ def interval(better: Sequence[float], worse: Sequence[float]) -> tuple[float, fl
         per_run = 1 / len(better) + 1 / len(worse)
     freedom = sum(len(values) - 1 for values in several)
     spread = fmean([variance(values) for values in several])
+    if spread < TINY:
+        return figure, math.nan, math.nan
     margin = T95[min(freedom, len(T95)) - 1] * math.sqrt(spread * per_run)
     return figure, figure - margin, figure + margin

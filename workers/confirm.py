@@ -27,10 +27,10 @@ def confirm(
     """Trains "best" and "recipe" from so many seeds each, 1 and on, by `config(name, run, seed)`;
     `best` is the trial of the best: a search that goes on may find another.
 
-    Returns the top-1 errors of either; by how much the best one's mean is `lower`, and if there are
-    two seeds or more, `at_least` and `at_most` what the spread between them allows with 95%
-    certainty, by the seeds that both came to their end from. Runs that are finished are not run
-    again.
+    Returns the top-1 errors of either; the `seeds` that both came to their end from, and by them:
+    by how much the best one's mean is `lower`, and if there are two or more, `at_least` and
+    `at_most` what the spread between them allows with 95% certainty. Runs that are finished are not
+    run again.
     """
     folders = {"best": f"best-{best}", "recipe": "recipe"}
     places = {
@@ -57,5 +57,6 @@ def confirm(
     if both := [seed for seed in errors["best"] if seed in errors["recipe"]]:
         figures = interval(*([errors[name][seed] for seed in both] for name in NAMES))
         named = zip(("lower", "at_least", "at_most"), figures, strict=True)
+        found |= {"seeds": both}
         found |= {name: figure for name, figure in named if math.isfinite(figure)}
     return found

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -56,11 +56,15 @@ def claims(
     for name in names:
         if name not in (*COUNTS, *CLAIMS):
             raise UserError(f"no claim {name!r}; there are {', '.join((*COUNTS, *CLAIMS))}")
-    for what, value in (("seeds", seeds), ("scale", scale.scale), ("parallel", parallel or 1)):
-        if not value > 0:
+    numbers = {"seeds": seeds, "scale": scale.scale, "parallel": parallel, "images": scale.images}
+    for what, value in numbers.items():
+        if value is not None and not 0 < value < math.inf:
             raise UserError(f"{what} is {value}: more than 0")
-    if scale.data:
-        open_dataset(scale.data)  # before anything is made or started
+    used = scale
+    if scale.data:  # before anything is made or started
+        dataset = open_dataset(scale.data)
+        if scale.images:  # whole row groups, which may be more
+            used = replace(scale, images=dataset.first("train", scale.images).rows("train"))
     chosen = names or (*COUNTS, *CLAIMS)
     counted = [count for name, count in COUNTS.items() if name in chosen]
     trained = [claim for name, claim in CLAIMS.items() if name in chosen]
@@ -74,7 +78,7 @@ def claims(
             for claim in trained:
                 lines.append(
                     _trained_line(
-                        claim, *lab.measured(claim, runs), _on(scale, claim, runs, lab.failures)
+                        claim, *lab.measured(claim, runs), _on(used, claim, runs, lab.failures)
                     )
                 )
     result = {"run": folder, **asdict(scale), "seeds": seeds, "claims": lines}

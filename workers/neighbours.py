@@ -230,7 +230,7 @@ def _sheet(shown: Sequence[dict[str, Any]], dataset: Dataset, split: str, size: 
     def put(line: int, place: int, image: Pixels, *said: str) -> None:
         left, top = gap + place * (SIDE + gap) + (2 * gap if place else 0), gap + line * high
         sheet.paste(Image.fromarray(image).resize((SIDE, SIDE)), (left, top))
-        for n, text in enumerate(said):
+        for n, text in enumerate(" ".join(line.split()) for line in said):
             while draw.textlength(text, font) > SIDE:
                 text = text[:-2].rstrip() + "\u2026"
             draw.text((left, top + SIDE + 1 + n * LINE), text, "black", font)

@@ -15,6 +15,7 @@ from datasets.images import MAX_BYTES, Pixels, decode, is_image
 from datasets.storage import address, files_below, opened, persistent, refused, storage
 from pipeline.evaluation import best
 from workers.config import UserError
+from workers.data import Classes
 from workers.sweep import Views, checked_views
 from workers.trained import Trained, open_trained
 
@@ -22,18 +23,25 @@ BATCH = 32  # images that are computed together
 
 
 def predict(
-    run: str, images: Sequence[str], *, crops: int = 1, step: int | None = None
+    run: str,
+    images: Sequence[str],
+    *,
+    crops: int = 1,
+    step: int | None = None,
+    on_error: str = "fail",
 ) -> Iterator[dict[str, Any]]:
     """The likeliest classes of each image, at most five, falling: `image` and `classes`, each with
     its `class` (name), `title` and `probability`.
 
     `images`: files, folders or URLs of any image format that shards may hold, of any size; `crops`:
     1, the centre, or 10. Raises UserError for a run without checkpoint or whose data is not known,
-    and for a folder without images, before the first image; DataError for a file that is no image.
+    and for a folder without images, before the first image. For a file that is no image it raises
+    DataError, after what the images before it have shown, or with `on_error` "skip" gives its
+    `image` and why it was `skipped`.
     """
     views, network = checked_views(crops), open_known(run, step)
     found = [file for place in images for file in image_files(place)]
-    return _predict(network, found, views)
+    return _predict(network, found, views, on_error == "skip")
 
 
 def open_known(run: str, step: int | None) -> Trained:
@@ -78,23 +86,42 @@ def read_image(place: str, size: int) -> Pixels:
     return decode(data, place, size)
 
 
-def _predict(network: Trained, files: list[str], views: Views) -> Iterator[dict[str, Any]]:
+def _predict(
+    network: Trained, files: list[str], views: Views, skip: bool
+) -> Iterator[dict[str, Any]]:
     assert network.classes
     classifier, (image, crop) = network.classifier(), network.shape
     left = iter(files)
     while some := list(islice(left, BATCH)):
-        seen = [evaluation_views(read_image(file, image), crop, views) for file in some]
-        probabilities = classifier.probabilities(torch.from_numpy(np.stack(seen)))
-        classes, values = (found.tolist() for found in best(probabilities))
-        for file, numbers, chances in zip(some, classes, values, strict=True):
-            yield {
-                "image": file,
-                "classes": [
-                    {
-                        "class": network.classes.names[number],
-                        "title": network.classes.title(number),
-                        "probability": chance,
-                    }
-                    for number, chance in zip(numbers, chances, strict=True)
-                ],
-            }
+        read: list[str] = []
+        seen: list[Any] = []
+        fault: DataError | None = None
+        for file in some:
+            try:
+                seen.append(evaluation_views(read_image(file, image), crop, views))
+                read.append(file)
+            except DataError as error:
+                if not skip:
+                    fault = error
+                    break
+                yield {"image": file, "skipped": str(error)}
+        if seen:
+            probabilities = classifier.probabilities(torch.from_numpy(np.stack(seen)))
+            classes, values = (found.tolist() for found in best(probabilities))
+            for file, *likeliest in zip(read, classes, values, strict=True):
+                yield {"image": file, "classes": _named(network.classes, *likeliest)}
+        if fault:
+            raise fault
+
+
+def _named(
+    classes: Classes, numbers: Sequence[int], chances: Sequence[float]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "class": classes.names[number],
+            "title": classes.title(number),
+            "probability": chance,
+        }
+        for number, chance in zip(numbers, chances, strict=True)
+    ]

@@ -285,6 +285,6 @@ def _example(one: dict[str, Any], titles: list[str]) -> str:
         for number, chance in one["best"]
     )
     return (
-        f'<div><img width="128" alt="" src="data:image/jpeg;base64,{one["image"]}">'
+        f'<div><img width="128" alt="" src="data:image/jpeg;base64,{html.escape(one["image"])}">'
         f"<div><b>{titles[one['label']]}</b></div>{bars}</div>"
     )

@@ -26,7 +26,7 @@ from workers.output import writing
 from workers.timeline import picture
 
 COMPLETE = ".metadata"  # `torch.distributed.checkpoint` writes it last
-STEP = "step-[0-9]*"  # a checkpoint's folder
+STEP = f"step-{8 * '[0-9]'}"  # a checkpoint's folder
 CONFIG, METRICS, EVENTS = "config.toml", "metrics.jsonl", "events.jsonl"
 SCALE = "augmenters"  # the size of the fleet that was asked for
 

@@ -37,7 +37,7 @@ def search_page(
     again = ""
     if (confirmed := result["confirmed"]) and "lower" in confirmed:
         again = (
-            f"<p>From {len(confirmed['best'])} other seeds the best recipe's top-1 error is lower "
+            f"<p>From {len(confirmed['seeds'])} other seeds the best recipe's top-1 error is lower "
             f"than that of the recipe as it was by {lower(confirmed)}; in brackets 95% of what the "
             "spread between seeds allows.</p>"
         )

@@ -392,14 +392,16 @@ def test_validation_finds_leakage_and_duplicates(tmp_path: Path) -> None:
         for s in ("train", "val")
         for c, n in [("a", 1), ("b", 2 if s == "train" else 3)]
     ]
-    members.append(("train/a/again.jpg", made.encoded(1)))
+    members += [(f"train/a/again{n}.jpg", made.encoded(1)) for n in range(2)]
+    members.append(("val/b/also.jpg", made.encoded(1)))
     (tmp_path / "x.tar").write_bytes(made.tar_bytes(members))
     prepare(f"{tmp_path}/x.tar", tmp_path / "shards")
     faults, notes = check(tmp_path / "shards")
-    assert len(faults) == 1
-    assert "val-00000-of-00001.parquet row" in faults[0]
-    assert "the image is also in train-00000-of-00001.parquet row" in faults[0]
-    assert notes == ["train: 1 images are there more than once"]
+    assert len(faults) == 2
+    for fault in faults:
+        assert "val-00000-of-00001.parquet row" in fault
+        assert "the image is also in train-00000-of-00001.parquet row" in fault
+    assert notes == [f"{split}: 1 image(s) are there more than once" for split in ("train", "val")]
 
 
 def test_entries_are_small(tmp_path: Path) -> None:

@@ -190,6 +190,10 @@ def parquet(path: Path, schema: pa.Schema | None = None, **columns: list[object]
         (["data/train-0", "data/valid-0", "data/test-0"], {"train": 1, "val": 1, "test": 1}),
         (["train/0000", "train/0001", "dev/0000"], {"train": 2, "val": 1}),
         (["unsupervised-0", "train-0"], {"train": 1, "unsupervised": 1}),
+        (["cifar10_train", "cifar10_test"], {"train": 1, "test": 1}),
+        (["images.train", "images.val", "test/images"], {"train": 1, "val": 1, "test": 1}),
+        (["part-00000", "part-00001"], {"train": 2}),
+        (["data-00000-of-00001"], {"train": 1}),
         (["some", "more"], {"train": 2}),
     ],
 )
@@ -308,6 +312,7 @@ def test_manifest_and_files_that_disagree(tmp_path: Path) -> None:
     second.unlink()
     with pytest.raises(DataError, match=f"{second.name}: no such file"):
         open_dataset(str(tmp_path))
+    whole = (tmp_path / "dataset.json").read_text()
     (tmp_path / "dataset.json").unlink()
     with pytest.raises(DataError, match=f"2 of 3 files are there, .*{second.name} is not; fetch"):
         open_dataset(str(tmp_path))
@@ -316,10 +321,20 @@ def test_manifest_and_files_that_disagree(tmp_path: Path) -> None:
         ("{", "not a manifest"),
         ("{}", "not a manifest"),
         ("[]", "not a manifest"),
+        (whole.replace('"size": 8', '"size": "8"'), "not a manifest"),
+        (whole.replace('"groups": [', '"groups": ["x", '), "not a manifest"),
     ):
         (tmp_path / "dataset.json").write_text(text)
         with pytest.raises(DataError, match=rf"dataset.json: {message} \(.*\); prepare"):
             open_dataset(str(tmp_path))
+
+
+def test_a_shard_without_its_columns_is_named(tmp_path: Path) -> None:
+    write(str(tmp_path))
+    (file,) = tmp_path.glob("train-*.parquet")
+    pq.write_table(pq.read_table(file).rename_columns(["picture", "label"]), file)
+    with pytest.raises(DataError, match=f"{file.name}: no column 'image' as by dataset.json"):
+        open_dataset(str(tmp_path))
 
 
 def test_a_manifest_of_another_version(tmp_path: Path) -> None:

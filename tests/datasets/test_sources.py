@@ -107,6 +107,45 @@ def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
     assert prepare(str(source), tmp_path / "shards", WHOLE)["classes"] == ["train", "val"]
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_folder_beside_splits_is_named_and_hidden_ones_are_none(
+    kind: str, tmp_path: Path
+) -> None:
+    places = [f"{split}/{label}/0.jpg" for split in ("train", "val") for label in "ab"]
+    hidden = (".cache/a/0.jpg", "train/.ipynb_checkpoints/0.jpg", "__MACOSX/train/a/._0.jpg")
+    source = files(tmp_path / "x", *places, *hidden)
+
+    def packed() -> str:
+        if kind == "folder":
+            return str(source)
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            for file in sorted(source.rglob("*.jpg")):
+                archive.write(file, file.relative_to(source))
+        return f"{tmp_path}/x.zip"
+
+    manifest = prepare(packed(), tmp_path / "shards", WHOLE)
+    assert (manifest["rows"], manifest["classes"]) == ({"train": 2, "val": 2}, ["a", "b"])
+    files(source, "sample/x.jpg")
+    with pytest.raises(DataError, match=r"^sample: a folder beside those of the splits"):
+        prepare(packed(), tmp_path / "other", WHOLE)
+
+
+@pytest.mark.parametrize("folder", ["plain_text/train-0", "default/train/0000", "Train/a"])
+def test_parquet_is_found_as_deep_as_training_finds_it(folder: str, tmp_path: Path) -> None:
+    made.make("parquet", tmp_path / "one")
+    file = tmp_path / f"hub/{folder}.parquet"
+    file.parent.mkdir(parents=True)
+    file.write_bytes((tmp_path / "one/data.parquet").read_bytes())
+    assert open_dataset(f"{tmp_path}/hub").rows("train") == made.IMAGES
+    manifest = prepare(f"{tmp_path}/hub", tmp_path / "shards", WHOLE)
+    assert manifest["rows"] == {"train": made.IMAGES}
+
+
+def test_names_may_hold_what_fsspec_has_a_meaning_for(tmp_path: Path) -> None:
+    source = files(tmp_path / "x", "a::b/0::0.jpg", "c/1.jpg")
+    assert prepare(str(source), tmp_path / "s", WHOLE)["classes"] == ["a::b", "c"]
+
+
 def test_a_flat_folder_takes_labels(tmp_path: Path) -> None:
     source = files(tmp_path / "x", "0.jpg", "1.jpg")
     (tmp_path / "labels.txt").write_text("0.jpg cat\n1.jpg dog\n")
@@ -239,6 +278,11 @@ def test_what_was_skipped_is_counted_by_its_reason(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("".join(f"{name},{name[0] in '024'}\n" for name in names))
     options = Options(size=16, holdout=0, on_error="skip")
     assert prepare(f"{tmp_path}/x.csv", tmp_path / "s", options)["skipped"] == {"no such file": 4}
+    files(tmp_path / "y", "a/0.jpg", "b/1.jpg")
+    for name in ("one: a", "two: b"):
+        (tmp_path / f"y/a/{name}.jpg").write_bytes(b"none")
+    skipped = prepare(f"{tmp_path}/y", tmp_path / "t", options)["skipped"]
+    assert list(skipped.values()) == [2]
 
 
 def test_unfinished_plans_and_finished_ones_stand_in_nobodys_way(tmp_path: Path) -> None:

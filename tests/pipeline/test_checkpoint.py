@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import resource
 import time
 from collections.abc import Iterator
@@ -272,6 +274,29 @@ def test_a_damaged_checkpoint_is_named(name: str, tmp_path: Path) -> None:
             read(f"{tmp_path}/c")
     with pytest.raises(checkpoint.Damaged, match="/c is damaged"):
         checkpoint.load(f"{tmp_path}/c", trainer.tower, trainer.optimizer, None)
+
+
+class Harm:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.file),)
+
+
+def test_somebodys_checkpoint_runs_nothing(tmp_path: Path) -> None:
+    trainer = make_trainer(NETWORK, dtype=torch.float32)
+    checkpoint.save(f"{tmp_path}/c", trainer.tower, trainer.optimizer, PROGRESS, None)
+    (tmp_path / "c/.metadata").write_bytes(pickle.dumps(Harm(tmp_path / "harm")))
+    with pytest.raises(checkpoint.Damaged, match=r"mkdir is no part of a checkpoint's metadata"):
+        checkpoint.load_weights(f"{tmp_path}/c")
+    harm: Any = Harm(tmp_path / "harm")
+    checkpoint._dump(f"{tmp_path}/d", {"rate": 0.1, "progress": harm}, None, alone=True)
+    with pytest.raises(checkpoint.Damaged, match=r"/d is damaged \(UnpicklingError"):
+        checkpoint.read_progress(f"{tmp_path}/d")
+    assert not (tmp_path / "harm").exists()
 
 
 @pytest.mark.parametrize(

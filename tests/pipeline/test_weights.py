@@ -124,3 +124,7 @@ def test_damaged_weights_are_named(
     file.write_bytes(b"no weights at all" * 20)
     with pytest.raises(ValueError, match=f"w.{ending}: not readable as weights"):
         read_weights(str(file), MAKE)
+    with pytest.raises(ValueError, match=f"w.{ending}: not readable as weights"):
+        read_about(str(file))
+    with pytest.raises(ValueError, match=r"none.safetensors: no such file"):
+        read_about(f"{tmp_path}/none.safetensors")

@@ -68,7 +68,9 @@ def test_the_interval_is_students() -> None:
     assert finding.figure == pytest.approx(0.04)
     assert finding.high - finding.figure == pytest.approx(4.30 * 0.01 / 3**0.5)
     # Runs of one seed are alike: they differ by .01 each time, whatever the seeds differ by.
-    assert judge(LRN, [0.2, 0.5, 0.8], [0.21, 0.51, 0.81]).verdict == SUPPORTED
+    assert judge(LRN, [0.2, 0.5, 0.8], [0.21, 0.51, 0.811]).verdict == SUPPORTED
+    # But errors are counts: that a few differ by the very same tells nothing of the spread.
+    assert judge(LRN, [0.2, 0.5, 0.8], [0.21, 0.51, 0.81]).verdict == UNSHOWN
     # Several networks averaged are one figure against those of each.
     alone = judge(CLAIMS["averaging"], [0.20], [0.30, 0.31, 0.32])
     assert alone.high - alone.figure == pytest.approx(4.30 * 0.01 * (1 + 1 / 3) ** 0.5)
@@ -224,6 +226,8 @@ def test_counted_claims_need_no_cluster(tmp_path: Path, capsys: pytest.CaptureFi
         (["--seeds", "0"], "seeds is 0: more than 0"),
         (["--data", "nowhere"], "nowhere: no such file or folder"),
         (["--scale", "2", "--only", "layers", "--run", "held"], "held holds runs of "),
+        (["--images", "-5", "--only", "layers", "--run", "held"], "images is -5: more than 0"),
+        (["--scale", "inf", "--only", "layers", "--run", "held"], "scale is inf: more than 0"),
         (["--only", "layers", "--run", "file/x"], "cannot be written: Not a directory"),
     ],
 )

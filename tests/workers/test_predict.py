@@ -92,6 +92,22 @@ def test_a_terminal_has_bars() -> None:
     assert shown == "a.jpg\n  cat   50.0%  " + "#" * 20 + "\n  dog    1.0%"
 
 
+def test_what_is_no_image_is_skipped_or_ends_it_after_the_others(
+    run: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = f"{photos}/photos/a.png", f"{photos}/broken.jpg"
+    files = [good, bad, good]
+    assert main(["predict", run, *files]) == 2
+    out, err = capsys.readouterr()
+    assert out.count(good) == 1
+    assert f"{bad}: the image" in err
+    assert main(["predict", run, *files, "--on-error", "skip", "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert (result["skipped"], len(result["images"])) == (1, 2)
+    assert err.startswith(f"skipped: {bad}: the image")
+
+
 @pytest.mark.parametrize(
     ("run_name", "image", "message"),
     [

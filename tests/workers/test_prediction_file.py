@@ -154,7 +154,6 @@ def test_shards_need_no_label_column(trained: Path, tmp_path: Path) -> None:
         (["a.jpg", "--data", "DATA"], "a.jpg: name images or --data, not both"),
         (["--data", "DATA"], "--data needs --output FILE.parquet"),
         (["a.jpg", "--output", "x"], "--output has no effect without --data"),
-        (["a.jpg", "--on-error", "skip"], "--on-error has no effect without --data"),
         (["--data", "DATA", "--output", "no/x.parquet"], "no/x.parquet cannot be written: No such"),
         (["--data", "DATA", "--output", "x"], "x: a name that ends in .parquet is wanted"),
         (

@@ -107,7 +107,8 @@ def test_the_best_recipe_is_compared_from_other_seeds(
         shutil.copytree(trial, tmp_path / f"confirm/{name}-seed1")
     confirmed = confirm(no_config, str(tmp_path), "a", 1, 2, Progress())
     best, recipe = (read_history(str(trial), goal=False).top1_error for trial in trials)
-    assert confirmed == {"best": [best], "recipe": [recipe], "lower": recipe - best}
+    errors = {"best": [best], "recipe": [recipe]}
+    assert confirmed == {**errors, "seeds": [1], "lower": recipe - best}
 
 
 def no_config(name: str, run: str, seed: int) -> Config:
@@ -127,7 +128,8 @@ def test_runs_are_compared_from_the_seeds_that_both_ended_from(tmp_path: Path) -
         patch.setattr("workers.confirm.run_all", lambda *args, **named: {})  # they fail
         found = confirm(lambda *_: configure({}), f"{tmp_path}", "a", 4, 2, Progress())
     assert (found["best"], found["recipe"]) == ([0.3, 0.2, 0.4], [0.5, 0.9, 0.5])
-    assert found["lower"] == pytest.approx(0.15)  # of 1 and 4
+    assert found["seeds"] == [1, 4]
+    assert found["lower"] == pytest.approx(0.15)
 
 
 def test_two_runs_are_side_by_side_and_share_the_fleet(found: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from workers.commands import VARIANTS, command, given, options, show
@@ -42,9 +43,9 @@ def _plan(args: argparse.Namespace) -> int:
     config = configure({"network": "alexnet", **given(args), "run": NOWHERE})
     said = [known[name] for name in RATES if name in known]
     for name in (*RATES, *PRICES):
-        least = 0 if name in PRICES else 1e-9
-        if not known.get(name, 1) >= least:
-            raise UserError(f"{name} is {known[name]}: more than 0")
+        value, price = known.get(name, 1), name in PRICES
+        if not (0 <= value < math.inf and (value or price)):
+            raise UserError(f"{name} is {value}: {'0 or more' if price else 'more than 0'}")
     for name, least in (("images", 1), ("classes", 2)):
         if known.get(name, least) < least:
             raise UserError(f"{name} is {known[name]}: at least {least}")

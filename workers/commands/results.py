@@ -121,16 +121,22 @@ def _predict(args: argparse.Namespace) -> int:
         return _predict_rows(args, run, data, given)
     if not args.images:
         raise UserError("no image to predict: name files, folders or URLs, or shards by --data")
-    for name in ("split", "output", "on_error", "workers"):
+    for name in ("split", "output", "workers"):
         if hasattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} has no effect without --data")
     bar = BAR if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
     bar = bar if sys.stdout.isatty() else ""
+    skipped = 0
     for line in predict(run, args.images, **given):
+        if "skipped" in line:
+            print(f"skipped: {line['skipped']}", file=sys.stderr)
+            skipped += 1
+            continue
         print(styled(prediction(line, bar), sys.stdout))
         found.append(line)
     if getattr(args, "json", False):
-        print(json.dumps({"run": run, "crops": given.get("crops", 1), "images": found}))
+        about = {"run": run, "crops": given.get("crops", 1), "skipped": skipped}
+        print(json.dumps({**about, "images": found}))
     return 0
 
 
