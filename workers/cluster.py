@@ -19,12 +19,16 @@ from workers.errors import ClusterLost
 
 
 @contextmanager
-def connected() -> Iterator[None]:
-    """Within it Ray is up: the cluster of RAY_ADDRESS, one that runs on this machine, or a new one.
+def connected(unless: bool = False) -> Iterator[None]:
+    """Within it Ray is up, `unless` it needs none: the cluster of RAY_ADDRESS, one that runs on
+    this machine, or a new one.
 
     What was started here is ended here. Raises UserError if a named cluster does not answer,
     ClusterLost instead of whatever follows if Ray goes away meanwhile.
     """
+    if unless:
+        yield
+        return
     if ray.is_initialized():
         with _kept():
             yield

@@ -7,7 +7,6 @@ are exact, so that the result does not depend on how many workers there were.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from datasets.augmentation import Augmentation, Batch, Loader
+from datasets.augmentation import Batch
 from datasets.layout import Dataset
 from datasets.shards import open_dataset
 from pipeline.evaluation import Verdicts, average, judge
@@ -73,7 +72,7 @@ def evaluate(
     for network in networks:
         check_classes_fit(network, dataset)
     here = only_here(dataset.root)
-    with nullcontext() if here else connected():
+    with connected(unless=here):
         work = Work(
             dataset,
             split,
@@ -141,7 +140,7 @@ def _joined(parts: Sequence[Verdicts]) -> Verdicts:
 def _evaluate(work: Work, batches: list[NDArray[np.int64]]) -> Iterator[Outcome]:
     classifiers = [network.classifier(work.device) for network in work.networks]
     shapes = [network.shape for network in work.networks]
-    loaders = {shape: _loader(work, *shape) for shape in shapes}
+    loaders = {shape: work.loader(shape) for shape in shapes}
     for numbers in batches:
         loaded = {shape: load.load_views(numbers, work.views) for shape, load in loaders.items()}
         # Where bad rows are skipped, one may be bad for the greater crop alone.
@@ -160,8 +159,3 @@ def _evaluate(work: Work, batches: list[NDArray[np.int64]]) -> Iterator[Outcome]
 def _of(batch: Batch, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
     """The crops of those rows of a batch."""
     return batch.crops if len(rows) == len(batch.rows) else batch.crops[np.isin(batch.rows, rows)]
-
-
-def _loader(work: Work, image: int, crop: int) -> Loader:
-    aug = Augmentation(image, crop)
-    return Loader(work.dataset, work.split, aug, None, seed=0, on_error=work.on_error)

@@ -303,5 +303,6 @@ def _on(
         why = (text for part in of_arms for run, text in failures.items() if part in run)
         return f"{name}: {next(why, 'of no seed all runs came to their end')}"
     images = f", {scale.images:,} images" if scale.images else ""
-    steps = max((one.curve[-1][0] for arm in claim.arms for one in runs[arm]), default=0)
+    ended = [one.curve[-1][0] for arm in claim.arms for one in runs[arm] if one.curve]
+    steps = max(ended, default=0)
     return f"{name}{images}, {steps:,} steps, {seeds} seed{'s' * (seeds != 1)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from datasets.augmentation import Augmentation, Loader, evaluation_views
+from datasets.augmentation import evaluation_views
 from datasets.images import Pixels, decode
 from datasets.layout import Dataset
 from datasets.rows import Rows
@@ -84,7 +84,7 @@ def neighbours(
     # Where no image was skipped, all are there for who would skip some.
     fresh = _kept(index) in (about, {**about, "on_error": "fail"})
     small = dataset.rows(split) * wanted.shape[1] * 4 <= SMALL or only_here(index)
-    with nullcontext() if only_here(dataset.root) or (fresh and small) else connected():
+    with connected(unless=only_here(dataset.root) or (fresh and small)):
         if not fresh:
             _build(index, about, network, dataset, split, on_error, workers, progress)
         found = _search(index, wanted, k, workers, here=small)
@@ -167,8 +167,7 @@ def _index(index: str, work: Work, batches: list[NDArray[np.int64]]) -> Iterator
     """Writes the features of a range of rows."""
     (network,) = work.networks
     classifier = network.classifier(work.device)
-    aug = Augmentation(*network.shape)
-    loader = Loader(work.dataset, work.split, aug, None, seed=0, on_error=work.on_error)
+    loader = work.loader(network.shape)
     parts, tables = [], []
     for numbers in batches:
         batch = loader.load(numbers, 0, False)

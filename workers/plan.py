@@ -178,7 +178,7 @@ def text(result: dict[str, Any], rates: Rates | None) -> str:
     )
     if not rates:
         lines.append(("time and cost", "--measure, or --tower-rate and --augmenter-rate, tell"))
-    shown = [line for line in lines if line[1] != "0.0"]
+    shown = [line for line in lines if line[1] not in ("0.0", "0.00")]
     return f"{about}{table(rows, heads)}\n\n{table(shown)}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from datasets.augmentation import Augmentation, Loader, evaluation_views
+from datasets.augmentation import evaluation_views
 from datasets.shards import open_dataset
 from pipeline.evaluation import best
 from workers.cluster import connected
@@ -73,7 +73,7 @@ def predict_rows(
     check_output(output, ".parquet")
     assert network.classes
     here = only_here(dataset.root)
-    with nullcontext() if here else connected():
+    with connected(unless=here):
         gpus = usable_gpus(dataset, [network])
         work = Work(dataset, split, views, on_error, (network,), None, here, gpus)
         with closing(sweep(_predict, work, "predicted", workers, progress)) as found:
@@ -92,11 +92,8 @@ def predict_rows(
 
 def _predict(work: Work, batches: list[NDArray[np.int64]]) -> Iterator[Seen]:
     (network,) = work.networks
-    classifier, (image, crop) = network.classifier(work.device), network.shape
-    aug = Augmentation(image, crop)
-    loader = Loader(
-        work.dataset, work.split, aug, None, seed=0, on_error=work.on_error, labelled=False
-    )
+    classifier, (_, crop) = network.classifier(work.device), network.shape
+    loader = work.loader(network.shape, labelled=False)
     for numbers in batches:
         faults: list[str] = []
         rows, paths, views = [], [], []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ def prepare(
     words = read_words(synsets or "") if synsets else _words(source)
     told = read_labels(labels, list(words)) if labels else None
     here = only_here(source, shards)
-    with nullcontext() if here else connected():
+    with connected(unless=here):
         entries = _scan(found, workers, progress, here)
         plan = lay_out(shards, found, entries, options, split=split, labels=told, words=words)
         del entries

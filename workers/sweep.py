@@ -15,6 +15,7 @@ from typing import Literal, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from datasets.augmentation import Augmentation, Loader
 from datasets.layout import Dataset
 from pipeline import host
 from workers.config import UserError
@@ -51,6 +52,13 @@ class Work:
     def device(self) -> str:
         """On which a worker computes."""
         return "cuda" if self.gpus else "cpu"
+
+    def loader(self, shape: tuple[int, int], *, labelled: bool = True) -> Loader:
+        """Loads its images for networks of this `shape`, sides of images and crops."""
+        aug = Augmentation(*shape)
+        return Loader(
+            self.dataset, self.split, aug, None, seed=0, on_error=self.on_error, labelled=labelled
+        )
 
 
 @dataclass(frozen=True)

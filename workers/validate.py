@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from typing import Any
 
 from datasets.shards import open_dataset
@@ -28,7 +27,7 @@ def validate(
     findings, named = Findings(dataset), list[str]()
     done, start = 0, time.monotonic()
     here = only_here(shards)
-    with nullcontext() if here else connected():
+    with connected(unless=here):
         for _, part in spread(check_shard, dataset, items, workers=workers, here=here):
             findings.add(part)
             done += len(part.rows) + len(part.faults)

@@ -78,7 +78,7 @@ def test_a_large_index_is_searched_by_the_cluster(
     with monkeypatch.context() as large:
         large.setattr(module, "SMALL", 0)
         spread = neighbours(run, [image], data=shards)
-    monkeypatch.setattr(module, "connected", None)  # here it needs no Ray
+    monkeypatch.setattr("ray.is_initialized", None)  # here it needs no Ray
     assert neighbours(run, [image], data=shards) == spread
     assert len(spread["images"][0]["neighbours"]) == 5
 
