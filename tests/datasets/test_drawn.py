@@ -40,7 +40,7 @@ def test_a_linear_model_does_not_learn_it() -> None:
     torch = pytest.importorskip("torch")
     x, y = (
         torch.tensor(np.stack(a))
-        for a in zip(*(draw(0, "train", i) for i in range(4000)), strict=True)
+        for a in zip(*(draw(0, "train", i) for i in range(2500)), strict=True)
     )
     v, w = (
         torch.tensor(np.stack(a))

@@ -25,6 +25,11 @@ from workers.weights import export, import_
 ROOT = Path(__file__).parents[2]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those last that end the one Ray which the others share."""
+    items.sort(key=lambda item: item.get_closest_marker("own_ray") is not None)
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """150 training and 50 validation images of 72 pixels: three batches of 64, one short."""

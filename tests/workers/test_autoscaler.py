@@ -36,6 +36,8 @@ AUGMENT_NODES = 2  # at most, not 16: each is a few processes on this machine
 WATCH = """
 import sys, time
 from ray.autoscaler.v2.sdk import get_cluster_status
+
+pytestmark = pytest.mark.own_ray
 while True:
     try:
         status = get_cluster_status(sys.argv[1])

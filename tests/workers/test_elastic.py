@@ -18,6 +18,7 @@ from workers.config import configure
 from workers.progress import Progress
 from workers.supervisor import train
 
+pytestmark = pytest.mark.own_ray
 GIVEN = {
     "network": "alexnet-mini",
     "batch": 8,
@@ -31,7 +32,9 @@ GIVEN = {
 def nodes() -> Iterator[Cluster]:
     """A head with room for the towers and nothing else."""
     ray.shutdown()  # the cluster of the other tests here
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    # A killed node is missed after 5 checks.
+    head = {"num_cpus": 2, "_system_config": {"health_check_period_ms": 1000}}
+    made = Cluster(initialize_head=True, head_node_args=head)
     yield made
     ray.shutdown()
     made.shutdown()

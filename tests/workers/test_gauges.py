@@ -9,9 +9,12 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pytest
 import ray
 
 from workers.gauges import GAUGES, Gauges
+
+pytestmark = pytest.mark.own_ray
 
 BOARD = Path(__file__).parents[2] / "clusters/grafana.json"
 

@@ -236,6 +236,8 @@ def test_a_log_goes_on_where_a_connection_dropped(
     lines = [f"line {number} é" for number in range(60)]
     program = f"""
 import pathlib, time
+
+pytestmark = pytest.mark.own_ray
 lines = {lines}
 print(*lines[:25], sep="\\n", flush=True)
 for name, part in (("cut", lines[25:40]), ("again", lines[40:])):

@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 import yaml
 
+pytestmark = pytest.mark.own_ray
+
 ROOT = Path(__file__).parents[2]
 NETWORK = "192.0.2"  # of the file
 NEEDED = ("unshare", "nsenter", "ip", "pkill", "ssh", "ssh-keygen", "/usr/sbin/sshd", "rsync")

@@ -263,7 +263,7 @@ def test_a_store_that_goes_on_failing_is_named(
 def test_a_store_that_fails_now_and_then(
     ray_of_the_store: None, store: Failing, tmp_path: Path
 ) -> None:
-    source = made.make("tar", tmp_path, 300)
+    source = made.make("tar", tmp_path, 150)
     made.prepare(source, tmp_path / "shards", SMALL)
     fsspec.filesystem("s3").put(source, "bucket/source/shapes.tar")
     store.share = 0.1

@@ -24,6 +24,7 @@ from workers.progress import Progress
 from workers.run import checkpoints
 from workers.supervisor import train
 
+pytestmark = pytest.mark.own_ray
 SMALL = {"network": "alexnet-mini", "batch": 64, "epochs": 20, "steps": 30}
 SMALL |= {"augmenters": "1:1", "log_every": 1}
 # A Ray of its own, in which towers have as many threads as in that of `longer`.
@@ -47,7 +48,9 @@ def command(shards: str, run: Path, *options: str) -> list[str]:
 def nodes() -> Iterator[Cluster]:
     """A head for the augmenters, and two nodes of which each can hold the towers."""
     ray.shutdown()
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    # A killed node is missed after 5 checks.
+    head = {"num_cpus": 2, "_system_config": {"health_check_period_ms": 1000}}
+    made = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         made.add_node(num_cpus=2, resources={"towers": 1})
     yield made

@@ -26,7 +26,7 @@ from workers.space import Domain
 from workers.trial import Reporter
 from workers.trials import Trial
 
-pytestmark = pytest.mark.usefixtures("two_cores")
+pytestmark = [pytest.mark.own_ray, pytest.mark.usefixtures("two_cores")]
 SMALL = {"network": "cifar", "batch": 64, "epochs": 2, "images": 100}
 
 

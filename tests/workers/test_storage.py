@@ -33,6 +33,8 @@ from workers.run import RunFolder, checkpoints, read_lines, read_scale, write_sc
 from workers.supervisor import train
 from workers.trained import open_trained
 
+pytestmark = pytest.mark.own_ray
+
 
 class Store:
     """A server of an object store, which may be away for a while: what it holds outlives that."""
