@@ -24,6 +24,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
 )
 from ray.util import get_node_ip_address
 
+pytestmark = pytest.mark.own_ray
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 # What Ray learns from AWS of the types' machines, but for their size.
@@ -37,7 +38,6 @@ WATCH = """
 import sys, time
 from ray.autoscaler.v2.sdk import get_cluster_status
 
-pytestmark = pytest.mark.own_ray
 while True:
     try:
         status = get_cluster_status(sys.argv[1])

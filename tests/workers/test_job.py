@@ -26,6 +26,7 @@ import ray
 from workers.config import UserError
 from workers.jobs import package_size
 
+pytestmark = pytest.mark.own_ray
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PYTHON = '"{}.{}.'.format(*sys.version_info)  # as the dashboard begins to tell it
@@ -237,7 +238,6 @@ def test_a_log_goes_on_where_a_connection_dropped(
     program = f"""
 import pathlib, time
 
-pytestmark = pytest.mark.own_ray
 lines = {lines}
 print(*lines[:25], sep="\\n", flush=True)
 for name, part in (("cut", lines[25:40]), ("again", lines[40:])):
