@@ -36,9 +36,12 @@ LABELS = ("label", "labels", "fine_label", "cls", "class", "target", "y")
 
 
 def split_word(path: str) -> str:
-    """The split that a word of a file's name, or else the nearest folder, is a name of; else ""."""
+    """The split that a file's name begins with, else one of its folders, the nearest first, is
+    called, else another word of its name; "" if none is.
+    """
     *folders, name = path.lower().split("/")
-    words = [*re.split(r"[-_.]", name), *reversed(folders)]
+    first, *others = re.split(r"[-_.]", name)
+    words = [first, *reversed(folders), *others]
     return next((SPLITS[word] for word in words if word in SPLITS), "")
 
 

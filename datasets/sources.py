@@ -153,7 +153,7 @@ def _folder(url: str, fs: Any, root: str) -> Source:
         return _archives(url, fs, tars)
     deeper = {f: _parted(fs, f) for f in folders if _last(f).lower() in (*SPLITS, "data")}
     below = sorted(file for own, _ in deeper.values() for file in own)
-    if any(f.endswith(".parquet") for f in [*files, *below, *_first_files(fs, folders)]):
+    if any(f.endswith(".parquet") for f in [*files, *below]) or _deep_parquet(fs, folders):
         return _parquet(url)
     if tars := [f for f in below if f.endswith(".tar")]:
         return _archives(url, fs, tars)
@@ -168,14 +168,17 @@ def _folder(url: str, fs: Any, root: str) -> Source:
     return Source(url, "files", tuple(Part(address(fs, path)) for path in sorted(parts)))
 
 
-def _first_files(fs: Any, folders: Sequence[str]) -> list[str]:
-    """The files in the first of some folders, or in its own first, as deep as data sets are."""
-    files: list[str] = []
-    for _ in range(DEEP - 1):
-        if not folders or files:
-            break
-        files, folders = _parted(fs, folders[0])
-    return files
+def _deep_parquet(fs: Any, folders: Sequence[str], deep: int = DEEP - 1) -> bool:
+    """Whether the files nearest below some folders, as deep as data sets are, are Parquet: told by
+    the first that are Parquet or images.
+    """
+    for folder in folders if deep else ():
+        files, inner = _parted(fs, folder)
+        if any(map(is_image, files)):
+            return False
+        if any(f.endswith(".parquet") for f in files) or _deep_parquet(fs, inner, deep - 1):
+            return True
+    return False
 
 
 def _parted(fs: Any, folder: str) -> tuple[list[str], list[str]]:

@@ -126,6 +126,8 @@ class Findings:
         contents = {s: _joined([c.contents for c in self.parts[s]]) for s in dataset.splits}
         rows = {s: _joined([c.rows for c in self.parts[s]]) for s in dataset.splits}
         for one, other in combinations(dataset.splits, 2):
+            if not len(contents[one]):
+                continue
             values, first = np.unique(contents[one], return_index=True)
             at = np.searchsorted(values, contents[other])
             for j in np.flatnonzero(values.take(at, mode="clip") == contents[other]).tolist():

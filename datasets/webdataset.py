@@ -58,6 +58,6 @@ def _label(data: bytes, ending: str) -> str | None:
     try:
         values = json.loads(text)
         told = (values.get(key) for key in ("label", "cls", "class", "class_id"))
-        return next(str(value) for value in told if isinstance(value, (str, int)))
+        return next(str(value) for value in told if type(value) in (str, int))
     except (ValueError, AttributeError, StopIteration):
         return None

@@ -15,7 +15,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
+from functools import cache
 from importlib import import_module
+from pathlib import PosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -213,7 +216,9 @@ def _load(path: str, state: dict[str, Any], *, alone: bool = True) -> None:
             super().load_bytes(read_item, value)
 
     with _named(path):
-        _dcp().load(state, storage_reader=_reader(path), planner=Planner(), no_dist=alone)
+        reader = _reader(path)
+        reader.read_metadata()  # here, as torch would hide why it cannot be read
+        _dcp().load(state, storage_reader=reader, planner=Planner(), no_dist=alone)
 
 
 @contextmanager
@@ -278,6 +283,7 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 _OF_METADATA = {
     *(("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size")),
     *(("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")),
+    ("pathlib._local", "PosixPath"),  # by Python 3.13
     *(("torch", name) for name in ("float16", "bfloat16", "float32", "float64")),
     *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
     *((_METADATA, f"{kind}StorageMetadata") for kind in ("Tensor", "Chunk", "Bytes")),
@@ -288,20 +294,33 @@ _OF_METADATA = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == (
+            "builtins",
+            "getattr",
+        ):  # as early versions of Python 3.11 pickle enums
+            return _member
         if (module, name) not in _OF_METADATA:
             raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
-        return super().find_class(module, name)
+        return PosixPath if name == "PosixPath" else super().find_class(module, name)
+
+
+def _member(kind: Any, name: str) -> Any:
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"{name} of {kind!r} is no part of a checkpoint's metadata")
+    return kind[name]
 
 
 def _reader(path: str) -> Any:
     """A Reader that runs nothing that somebody's checkpoint may name: torch's own trusts it."""
     reader = _storage("Reader", path)
-    read = reader.read_metadata
 
-    def read_metadata(*arguments: Any, **named: Any) -> Any:
+    @cache
+    def read_metadata() -> Any:  # without the parameter that has torch look for a rank's own one
         with reader.fs.create_stream(reader.fs.concat_path(reader.path, ".metadata"), "rb") as file:
-            _Unpickler(file).load()
-        return read(*arguments, **named)
+            metadata = _Unpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or _dcp(".metadata").StorageMeta()
+        metadata.storage_meta.load_id = reader.load_id
+        return metadata
 
     reader.read_metadata = read_metadata
     return reader

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
 
     try:
         result: int = args.run_command(args)
-        with suppress(BrokenPipeError):  # whoever read our output has seen enough
+        with suppress(OSError):  # whoever read our output has seen enough, or is gone
             sys.stdout.flush()
         _closed()
         return result

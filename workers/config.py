@@ -162,7 +162,7 @@ def bare(place: str) -> str:
 def read_toml(file: str, what: str) -> dict[str, Any]:
     """The tables of a TOML file, a path or URL. Raises UserError, which calls it a `what`."""
     try:
-        with fsspec.open(file, "rb") as f:
+        with fsspec.open(file, "rb") if "://" in file else open(file, "rb") as f:
             return tomllib.loads(f.read().decode())
     except FileNotFoundError:
         raise UserError(f"{file}: no such {what}") from None

@@ -9,7 +9,6 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +22,7 @@ from datasets.images import Pixels, decode
 from datasets.layout import Dataset
 from datasets.rows import Rows
 from datasets.shards import open_dataset
-from datasets.storage import matching, remove, storage, write_whole
+from datasets.storage import matching, opened, remove, storage, write_whole
 from workers.cluster import connected
 from workers.config import UserError
 from workers.data import training_data
@@ -202,8 +201,8 @@ def _nearest(
     shared: tuple[NDArray[np.float32], int], file: str
 ) -> Iterator[list[list[tuple[float, int, int]]]]:
     wanted, k = shared
-    with fsspec.open(file, "rb") as opened:
-        table = pq.read_table(opened)
+    with opened(file) as source:
+        table = pq.read_table(source)
     flat = table["features"].combine_chunks().flatten().to_numpy()
     rows, labels = (table[name].to_numpy() for name in ("row", "label"))
     # Not by products, whose rounding hides how near the nearest are.

@@ -12,7 +12,7 @@ import torch
 from datasets import DataError
 from datasets.augmentation import evaluation_views
 from datasets.images import MAX_BYTES, Pixels, decode, is_image
-from datasets.storage import address, files_below, opened, persistent, refused, storage
+from datasets.storage import address, files_below, opened, passing, persistent, refused, storage
 from pipeline.evaluation import best
 from workers.config import UserError
 from workers.data import Classes
@@ -101,7 +101,7 @@ def _predict(
                 seen.append(evaluation_views(read_image(file, image), crop, views))
                 read.append(file)
             except DataError as error:
-                if not skip:
+                if not skip or (error.__cause__ and passing(error.__cause__)):
                     fault = error
                     break
                 yield {"image": file, "skipped": str(error)}

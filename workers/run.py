@@ -40,8 +40,8 @@ class RunFolder:
     """A run's folder; nothing is written before `create`.
 
     Files are written locally, and for a URL copied there by `publish`. Raises UserError if the
-    folder holds a run and `resume` is not said, or the other way round, or another process trains
-    there; `resume` None goes on with a run if there is one.
+    folder holds a run and `resume` is not said, or the other way round; `resume` None goes on with
+    a run if there is one.
     """
 
     def __init__(self, config: Config, *, resume: bool | None) -> None:
@@ -57,9 +57,6 @@ class RunFolder:
         self.local = "" if self.remote else self.path  # where files are written
         self._board: Any = None
         self._claim: IO[bytes] | None = None
-        if not (self.new or self.remote):
-            with writing(self.url):
-                self._claim_it()
 
     def create(self) -> None:
         """Makes the folder what it has to be for the run to start or go on.
@@ -101,7 +98,7 @@ class RunFolder:
             fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._claim.close()
-            raise Occupied(f"{self.url}: another process trains there") from None
+            raise UserError(f"{self.url}: another process trains there") from None
         except OSError:
             pass  # a file system without locks
         self.fs.invalidate_cache()
@@ -198,8 +195,13 @@ class RunFolder:
         return ""
 
     @contextmanager
-    def closing(self, say: Callable[[str], object]) -> Iterator[None]:
-        """Closes the folder at the block's end, and has said what there is to say of that."""
+    def held(self, say: Callable[[str], object]) -> Iterator[None]:
+        """Claims a run that is there, on a disk, and closes the folder at the block's end; has said
+        what there is to say of that. Raises UserError if another process trains there.
+        """
+        if not (self.new or self.remote):
+            with writing(self.url):
+                self._claim_it()
         try:
             yield
         finally:
@@ -236,14 +238,27 @@ class RunFolder:
                 remove(self.fs, place)
 
 
-class Occupied(UserError):
-    """Another process trains in the folder."""
+def occupied(run: str) -> bool:
+    """Whether a process trains in this folder on a disk."""
+    fs, path = storage(run)
+    if "://" in run or not fs.exists(f"{path}/{EVENTS}"):
+        return False
+    with open(f"{path}/{EVENTS}", "ab") as lines:
+        try:
+            fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+    return False
 
 
-def patiently(call: Callable[[], T]) -> T:
-    """What `call` returns, tried again for two and a half minutes while a store fails."""
+def patiently(call: Callable[[], T], check: Callable[[], object] = lambda: None) -> T:
+    """What `call` returns, tried again for two and a half minutes while a store fails. `check` is
+    called meanwhile, and may raise.
+    """
     for pause in PAUSES:
-        time.sleep(pause)
+        for _ in range(pause):
+            time.sleep(1)
+            check()
         try:
             return call()
         except Exception as error:

@@ -36,10 +36,12 @@ def search_page(
     minutes = sum(line["seconds"] for line in lines) / 60
     again = ""
     if (confirmed := result["confirmed"]) and "lower" in confirmed:
+        count = len(confirmed["seeds"])
+        told = "; in brackets 95% of what the spread between seeds allows"
         again = (
-            f"<p>From {len(confirmed['seeds'])} other seeds the best recipe's top-1 error is lower "
-            f"than that of the recipe as it was by {lower(confirmed)}; in brackets 95% of what the "
-            "spread between seeds allows.</p>"
+            f"<p>From {count} other seed{'s' * (count > 1)} the best recipe's top-1 error is lower "
+            f"than that of the recipe as it was by {lower(confirmed)}"
+            f"{told * ('at_least' in confirmed)}.</p>"
         )
     parts = [
         f"<h1>{html.escape(name)}</h1><p>{counts}; {minutes:.1f} minutes of trials.</p>",

@@ -67,7 +67,7 @@ def train(
         check_classes(dataset)
     folder = RunFolder(config, resume=None if deaths else resume)
     initial = read_initial(config) if config.init and not folder.checkpoints() else None
-    with connected(), folder.closing(progress.say):
+    with connected(), folder.held(progress.say):
         where = placement.place(config, progress.say, pool.runs if pool else 0)
         if deaths:  # nobody was asked, so the weights are to have the bits that they would have had
             where = replace(where, threads=_threads_before(folder) or where.threads)
@@ -176,7 +176,7 @@ class _Run:
             raise RunFailed(f"{error}; {self._kept()}: --resume goes on from there") from None
 
     def _position(self) -> tuple[str | None, int]:
-        return patiently(partial(position, self.folder, self.job))
+        return patiently(partial(position, self.folder, self.job), self._check)
 
     def _steps(self) -> list[int] | None:
         """Of the checkpoints, None if the store does not tell now."""
@@ -306,8 +306,8 @@ class _Run:
         if wanted and wanted != self.augmenters:
             self.augmenters = wanted
             self.fleet.config = replace(self.fleet.config, augmenters=wanted)  # of later attempts
-            ray.get(feed.scale.remote(wanted))
             self.record.later(partial(self.folder.scaled, wanted))
+            ray.get(feed.scale.remote(wanted))
             self.progress.say(f"the fleet has {wanted} augmenters from here on")
         state = ray.get(feed.state.remote())
         if state["stalls"] > self.stalls:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,11 @@ from workers.data import STATISTICS, known_statistics
 from workers.errors import ClusterLost, RunFailed
 from workers.pool import Pool
 from workers.progress import Progress
-from workers.run import Occupied, checkpoint_url, checkpoints, is_run
+from workers.run import checkpoint_url, checkpoints, is_run, occupied
 from workers.supervisor import train
 
 POINTER = "run.json"
+LEASE = 180.0  # seconds; NFS takes 90
 
 Make = Callable[[dict[str, Any], str], Config]
 """The configuration of a trial with these settings and this id; with it the run's folder."""
@@ -48,6 +50,7 @@ def trial(settings: dict[str, Any], make: Make, pool: Pool, folder: str) -> None
         found.save(f"{config.run}/{STATISTICS}")
     reporter = Reporter(config)
     with connected():
+        _free(config.run)
         try:
             result = train(
                 config,
@@ -56,13 +59,22 @@ def trial(settings: dict[str, Any], make: Make, pool: Pool, folder: str) -> None
                 progressed=reporter.checkpointed,
                 pool=replace(pool, name=name),
             )
-        except (ClusterLost, Occupied):  # by this trial's last try, on a node that is gone
+        except ClusterLost:
             raise
         except (DataError, UserError, RunFailed) as error:
             # Such as a loss that is not a number: another try would end the same way.
             reporter.failed(str(error))
         else:
             reporter.ended(result)
+
+
+def _free(run: str) -> None:
+    """Waits while this trial's last try holds the run's folder: a node that is gone does so for as
+    long as the file system believes in it.
+    """
+    deadline = time.monotonic() + LEASE
+    while occupied(run) and time.monotonic() < deadline:
+        time.sleep(1)
 
 
 def _placed(config: Config) -> Config:

@@ -182,7 +182,7 @@ def import_(file: str, run: str, given: dict[str, Any]) -> dict[str, Any]:
         )
     classes = classes_of(data) if data else initial.classes
     folder = RunFolder(config, resume=False)
-    with folder.closing(Progress().say):
+    with folder.held(Progress().say):
         folder.create()
         if classes:
             keep(folder.url, classes, known_statistics(config.image, data.root) if data else None)

@@ -404,6 +404,21 @@ def test_validation_finds_leakage_and_duplicates(tmp_path: Path) -> None:
     assert notes == [f"{split}: 1 image(s) are there more than once" for split in ("train", "val")]
 
 
+def test_validation_goes_on_beside_a_split_that_cannot_be_read(tmp_path: Path) -> None:
+    members = [
+        (f"{s}/{c}/{c}.jpg", made.encoded(n))
+        for s in ("train", "val")
+        for n, c in [(1, "a"), (2, "b")]
+    ]
+    (tmp_path / "x.tar").write_bytes(made.tar_bytes(members))
+    prepare(f"{tmp_path}/x.tar", tmp_path / "shards")
+    for file in (tmp_path / "shards").glob("train-*"):
+        pq.write_table(pq.read_table(file).rename_columns(["picture", "label"]), file)
+    faults, notes = check(tmp_path / "shards")
+    assert notes == ["train: 2 of 2 classes have no image"]
+    assert not [fault for fault in faults if "is also in" in fault]
+
+
 def test_entries_are_small(tmp_path: Path) -> None:
     """What the one process that lays out has to hold: tens of bytes an image, not the images."""
     source = find_source(made.make("tar", tmp_path / "source", 300))

@@ -192,6 +192,8 @@ def parquet(path: Path, schema: pa.Schema | None = None, **columns: list[object]
         (["unsupervised-0", "train-0"], {"train": 1, "unsupervised": 1}),
         (["cifar10_train", "cifar10_test"], {"train": 1, "test": 1}),
         (["images.train", "images.val", "test/images"], {"train": 1, "val": 1, "test": 1}),
+        (["train/crash_test_1", "val/station-train-0"], {"train": 1, "val": 1}),
+        (["train-0", ".trash/train-0"], {"train": 1}),
         (["part-00000", "part-00001"], {"train": 2}),
         (["data-00000-of-00001"], {"train": 1}),
         (["some", "more"], {"train": 2}),

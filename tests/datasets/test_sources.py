@@ -136,6 +136,8 @@ def test_parquet_is_found_as_deep_as_training_finds_it(folder: str, tmp_path: Pa
     file = tmp_path / f"hub/{folder}.parquet"
     file.parent.mkdir(parents=True)
     file.write_bytes((tmp_path / "one/data.parquet").read_bytes())
+    files(tmp_path / "hub", "zoo/assets/0.jpg")
+    (tmp_path / "hub/a").mkdir()
     assert open_dataset(f"{tmp_path}/hub").rows("train") == made.IMAGES
     manifest = prepare(f"{tmp_path}/hub", tmp_path / "shards", WHOLE)
     assert manifest["rows"] == {"train": made.IMAGES}

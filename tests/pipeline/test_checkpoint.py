@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import resource
@@ -15,6 +16,7 @@ import pytest
 import torch
 from ranks import ALONE, TOWERS, Ranks, batch, devices, joined, make_trainer, seen
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from pipeline import checkpoint
 from pipeline.mesh import Mesh
@@ -299,6 +301,28 @@ def test_somebodys_checkpoint_runs_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "harm").exists()
 
 
+class Named:
+    """What pickles as a call of a module's function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.reduced = function, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced
+
+
+def test_metadata_of_other_versions_of_python_is_read() -> None:
+    """Of 3.13, and of early 3.11, which pickles members of an enum by `getattr`."""
+    path = b"cpathlib._local\nPosixPath\n(Va\nVb\ntR."
+    assert checkpoint._Unpickler(io.BytesIO(path)).load() == Path("a/b")
+    kind = _MEM_FORMAT_ENCODING
+    text = pickle.dumps(Named(getattr, kind, "TORCH_PRESERVE_FORMAT"))
+    assert checkpoint._Unpickler(io.BytesIO(text)).load() is kind.TORCH_PRESERVE_FORMAT
+    harm = pickle.dumps(Named(getattr, Path("x"), "unlink"))
+    with pytest.raises(pickle.UnpicklingError, match=r"unlink of .* is no part"):
+        checkpoint._Unpickler(io.BytesIO(harm)).load()
+
+
 @pytest.mark.parametrize(
     "error", [ConnectionError("no store"), MemoryError(), RuntimeError("Connection closed by peer")]
 )
@@ -311,7 +335,7 @@ def test_what_is_no_damage_is_not_called_so(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(torch.distributed.checkpoint.FileSystemReader, "read_metadata", fail)
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", fail)
     with pytest.raises(type(error)):
         checkpoint.load_weights(f"{tmp_path}/c")
 

@@ -150,11 +150,12 @@ def nodes(environment: dict[str, str]) -> Iterator[Callable[[int], None]]:
                 pytest.fail(
                     subprocess.run(command, env=environment, capture_output=True, text=True).stdout
                 )
-        pytest.fail((Path(folder) / "head.log").read_text())
 
     try:
         assert watch.stdout
-        assert any(line.strip() for line in watch.stdout)  # the head is there
+        deadline = time.monotonic() + 200
+        while not watch.stdout.readline().strip():  # the head is not there
+            assert time.monotonic() < deadline, (Path(folder) / "head.log").read_text()
         yield until
     finally:
         watch.kill()

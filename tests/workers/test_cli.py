@@ -252,11 +252,16 @@ def test_a_terminal_may_stop_what_writes_in_the_background() -> None:
     """By `stty tostop`: the run's process is in no terminal's foreground."""
     pid, terminal = pty.fork()
     if not pid:
-        attributes = termios.tcgetattr(1)
-        attributes[3] |= termios.TOSTOP
-        termios.tcsetattr(1, termios.TCSANOW, attributes)
-        program = "from workers.guard import guarded; guarded(lambda *_: print('hello') or 0, 1)"
-        os.execv(sys.executable, [sys.executable, "-c", program])
+        try:
+            attributes = termios.tcgetattr(1)
+            attributes[3] |= termios.TOSTOP
+            termios.tcsetattr(1, termios.TCSANOW, attributes)
+            program = (
+                "from workers.guard import guarded; guarded(lambda *_: print('hello') or 0, 1)"
+            )
+            os.execv(sys.executable, [sys.executable, "-c", program])
+        finally:
+            os._exit(1)
     said = b""
     while b"hello" not in said:  # or hangs
         said += os.read(terminal, 1000)

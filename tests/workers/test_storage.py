@@ -172,6 +172,9 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     first.create()
     with pytest.raises(UserError, match="run: another process trains there"):
         RunFolder(config, resume=True).create()
+    second_to_go_on = RunFolder(config, resume=True).held(print)  # before it asks for room
+    with pytest.raises(UserError, match="another process trains there"), second_to_go_on:
+        raise AssertionError
     first.close()
     with pytest.raises(UserError, match="run already holds a run: --resume it, or name another"):
         second.create()
@@ -196,7 +199,7 @@ def test_lines_that_a_store_did_not_take_at_the_end_are_kept_and_told(
         raise PermissionError("expired")
 
     monkeypatch.setattr(folder.fs, "put", refuse)
-    with pytest.raises(RunFailed, match="the reason"), folder.closing(said.append):
+    with pytest.raises(RunFailed, match="the reason"), folder.held(said.append):
         raise RunFailed("the reason")
     assert len(said) == 1
     kept = said[0].rpartition("the run's last lines are in ")[2]
