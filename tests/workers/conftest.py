@@ -63,6 +63,13 @@ def cluster() -> None:
     small_ray()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own(request: pytest.FixtureRequest) -> None:
+    """Ends that one Ray, which would take its share of the cores."""
+    if request.node.get_closest_marker("own_ray"):
+        ray.shutdown()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _end() -> Iterator[None]:
     yield

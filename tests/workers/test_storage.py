@@ -29,7 +29,15 @@ from workers.cli import main
 from workers.config import UserError, configure
 from workers.errors import RunFailed
 from workers.progress import Progress
-from workers.run import RunFolder, checkpoints, read_lines, read_scale, write_scale
+from workers.run import (
+    RunFolder,
+    checkpoints,
+    occupied,
+    patiently,
+    read_lines,
+    read_scale,
+    write_scale,
+)
 from workers.supervisor import train
 from workers.trained import open_trained
 
@@ -175,12 +183,33 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     second_to_go_on = RunFolder(config, resume=True).held(print)  # before it asks for room
     with pytest.raises(UserError, match="another process trains there"), second_to_go_on:
         raise AssertionError
+    assert occupied(config.run)
     first.close()
+    assert not occupied(config.run)
     with pytest.raises(UserError, match="run already holds a run: --resume it, or name another"):
         second.create()
     goes_on = RunFolder(config, resume=True)
     goes_on.create()
     goes_on.close()
+
+
+def test_a_store_is_waited_for_until_the_run_is_stopped() -> None:
+    answers: list[Any] = [OSError(errno.EBUSY, "away"), OSError(errno.EIO, "away"), 7]
+
+    def ask() -> int:
+        if isinstance(answer := answers.pop(0), OSError):
+            raise answer
+        return int(answer)
+
+    def stop() -> None:
+        raise RunFailed("stopped")
+
+    with pytest.raises(RunFailed, match="stopped"):
+        patiently(ask, stop)
+    assert patiently(ask) == 7
+    answers.append(PermissionError("no"))
+    with pytest.raises(PermissionError):
+        patiently(ask)
 
 
 def test_lines_that_a_store_did_not_take_at_the_end_are_kept_and_told(

@@ -27,7 +27,7 @@ from workers.config import UserError, configure
 from workers.errors import RunFailed
 from workers.placement import decide
 from workers.progress import Progress
-from workers.run import RunFolder, checkpoints
+from workers.run import RunFolder, checkpoints, write_scale
 from workers.supervisor import _Run, train
 from workers.weights import export, import_
 
@@ -186,9 +186,9 @@ def test_killed_towers_and_feed_come_back_to_the_same_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed amid an epoch and at its end, when the store does not answer for a moment. As the
-    undisturbed run, with another fleet; one restart between two checkpoints.
+    undisturbed run, with another fleet, whose size stays; one restart between two checkpoints.
     """
-    due, away = {2: "ray::TowerActor", 9: "ray::Feed"}, [0]
+    due, away = {4: "ray::TowerActor", 9: "ray::Feed"}, [0]
 
     def listed(run: str) -> list[int]:
         if away[0]:
@@ -197,6 +197,8 @@ def test_killed_towers_and_feed_come_back_to_the_same_weights(
         return checkpoints(run)
 
     def saved(step: int) -> None:
+        if step == 2:
+            write_scale(f"{tmp_path}/run", "2:2")
         # A kill is felt some steps later: the second one is not to come before.
         starts = [e for e in lines(tmp_path / "run", "events.jsonl") if e["event"] == "start"]
         if due and step >= min(due) and len(starts) + len(due) == 3:
@@ -204,9 +206,10 @@ def test_killed_towers_and_feed_come_back_to_the_same_weights(
             away[0] = 4  # it cannot be pruned now, nor is known what it is to go on from
 
     monkeypatch.setattr("workers.run.checkpoints", listed)
+    monkeypatch.setattr("workers.supervisor.LOOK_SECONDS", 0.0)
 
     given = {**SMALL, "shards": shards, "epochs": 20, "steps": 30, "run": f"{tmp_path}/run"}
-    given |= {"augmenters": "1:2", "checkpoint_every": 2, "log_every": 1, "restarts": 1}
+    given |= {"augmenters": "1:1", "checkpoint_every": 2, "log_every": 1, "restarts": 1}
     result = train(configure(given), progressed=saved)
     assert not due
     assert result["restarts"] == 2
@@ -217,8 +220,9 @@ def test_killed_towers_and_feed_come_back_to_the_same_weights(
     assert lost[0][0].startswith("tower rank")
     starts = [event["step"] for event in events if event["event"] == "start"]
     assert starts[0] == 0
-    assert 2 <= starts[1] < starts[2]
+    assert 4 <= starts[1] < starts[2]
     assert starts[2] >= 9
+    assert [e["augmenters"] for e in events if e["event"] == "scale"] == ["2:2"]
 
 
 class Scaler(Progress):
