@@ -24,6 +24,7 @@ from datasets.rows import Record, Rows
 from datasets.storage import (
     address,
     existing,
+    hidden,
     matching,
     parquet,
     persistent,
@@ -75,7 +76,7 @@ def open_dataset(url: str, *, check: bool = True, labelled: bool = True) -> Data
     if fs.exists(f"{root}/{WORK}"):
         raise DataError(f"{url}: its preparation has not ended; run `towers prepare` again")
     found = [path for path in fs.find(root, maxdepth=DEEP) if path.endswith(".parquet")]
-    found = [path for path in found if "/." not in path.removeprefix(root)]  # hidden
+    found = [path for path in found if not hidden(path.removeprefix(root))]
     if not found:
         raise DataError(f"{url}: no Parquet files there; `towers prepare` makes them of images")
     splits = split_files(root, found)

@@ -20,6 +20,7 @@ from datasets.storage import (
     address,
     existing,
     files_below,
+    hidden,
     inside,
     opened,
     parquet,
@@ -183,7 +184,7 @@ def _deep_parquet(fs: Any, folders: Sequence[str], deep: int = DEEP - 1) -> bool
 
 def _parted(fs: Any, folder: str) -> tuple[list[str], list[str]]:
     """Files and folders that lie in a folder, but for hidden ones."""
-    found = [entry for entry in inside(fs, folder) if not _last(entry["name"]).startswith(".")]
+    found = [entry for entry in inside(fs, folder) if not hidden(_last(entry["name"]))]
     files = [entry["name"] for entry in found if entry["type"] == "file"]
     return files, [entry["name"].rstrip("/") for entry in found if entry["type"] == "directory"]
 
@@ -300,7 +301,7 @@ def _members(source: Source, part: Part) -> Iterator[Found]:
 
 def _images(found: Iterator[Found], part: Part, passed: list[str]) -> Iterator[tuple[Any, ...]]:
     for file, member, label in found:
-        if _hidden(member.name) or not is_image(member.name):
+        if hidden(member.name) or not is_image(member.name):
             passed.append(member.name)
             continue
         try:
@@ -308,12 +309,6 @@ def _images(found: Iterator[Found], part: Part, passed: list[str]) -> Iterator[t
         except UnicodeEncodeError:
             raise DataError(f"{part.file}: {member.name!a} is no UTF-8; rename it") from None
         yield file, *member[1:], member.name, label, part.split
-
-
-def _hidden(name: str) -> bool:
-    """Whether a file in a source is of a system's or an editor's, such as macOS's."""
-    parts = name.split("/")
-    return "__MACOSX" in parts or any(p.startswith(".") and p not in (".", "..") for p in parts)
 
 
 def _table(rows: Iterator[tuple[Any, ...]]) -> Any:

@@ -111,6 +111,14 @@ def _walk(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
             yield entry.path, size
 
 
+def hidden(name: str) -> bool:
+    """Whether a file or folder, named from where it is looked for, is of a system's or an editor's,
+    such as macOS's.
+    """
+    parts = name.split("/")
+    return "__MACOSX" in parts or any(p.startswith(".") and p not in (".", "..") for p in parts)
+
+
 def matching(fs: Any, folder: str, pattern: str) -> list[str]:
     """The paths in a folder, whose own name may be any, with a last part such as `pattern`, in
     order; none if it is not there.

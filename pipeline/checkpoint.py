@@ -7,7 +7,6 @@ mesh loads what any other saved. `.metadata` is written last: a folder without i
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import pickle
 import threading
@@ -15,10 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum
-from functools import cache
-from importlib import import_module
-from pathlib import PosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from pipeline.checkpoint_files import dcp, planner, reader, writer
 from pipeline.network import Network
 from pipeline.optimizer import SGD
 from pipeline.tower import Tower
@@ -43,13 +39,6 @@ class NotSaved(RuntimeError):
 
 class Damaged(ValueError):
     """A checkpoint could not be read; the message says which and why."""
-
-
-def _dcp(name: str = "") -> Any:
-    """torch.distributed.checkpoint or a module of it: half as long to import as torch itself, which
-    the first step need not wait for.
-    """
-    return import_module(f"torch.distributed.checkpoint{name}")
 
 
 def save(
@@ -200,25 +189,18 @@ def _state(
 def _dump(
     path: str, state: dict[str, Any], group: dist.ProcessGroup | None, *, alone: bool
 ) -> None:
-    dcp = _dcp()
     try:
-        dcp.save(state, storage_writer=_writer(path), process_group=group, no_dist=alone)
-    except dcp.api.CheckpointException as error:  # which is no Exception
+        dcp().save(state, storage_writer=writer(path), process_group=group, no_dist=alone)
+    except dcp().api.CheckpointException as error:  # which is no Exception
         rank, (cause, _) = next(iter(error.failures.items()))
         raise NotSaved(f"{path} cannot be written by rank {rank}: {cause}") from cause
 
 
 def _load(path: str, state: dict[str, Any], *, alone: bool = True) -> None:
-    class Planner(_dcp().DefaultLoadPlanner):  # type: ignore[misc]
-        def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-            torch.load(value, weights_only=True)  # raises if reading it would run anything
-            value.seek(0)
-            super().load_bytes(read_item, value)
-
     with _named(path):
-        reader = _reader(path)
-        reader.read_metadata()  # here, as torch would hide why it cannot be read
-        _dcp().load(state, storage_reader=reader, planner=Planner(), no_dist=alone)
+        found = reader(path)
+        found.read_metadata()  # here, as torch would hide why it cannot be read
+        dcp().load(state, storage_reader=found, planner=planner(), no_dist=alone)
 
 
 @contextmanager
@@ -261,7 +243,7 @@ def _tensors(
             local = copied(key, local)
         if mesh is None:
             return local
-        from torch.distributed.tensor import DTensor, Replicate, Shard  # as in `_dcp`
+        from torch.distributed.tensor import DTensor, Replicate, Shard  # as in `dcp`
 
         shape = torch.Size((sizes[name.split(".")[0]], *local.shape[1:]))
         # Replicas hold copies, the towers of a pair halves; other stages have other layers.
@@ -279,81 +261,10 @@ def _tensors(
     return {key: whole(key, tensor) for key, tensor in local.items()}
 
 
-_METADATA = "torch.distributed.checkpoint.metadata"
-_OF_METADATA = {
-    *(("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size")),
-    *(("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")),
-    ("pathlib._local", "PosixPath"),  # by Python 3.13
-    *(("torch", name) for name in ("float16", "bfloat16", "float32", "float64")),
-    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta")),
-    *((_METADATA, f"{kind}StorageMetadata") for kind in ("Tensor", "Chunk", "Bytes")),
-    *((_METADATA, name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING")),
-}
-"""What torch pickles into `.metadata`."""
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == (
-            "builtins",
-            "getattr",
-        ):  # as early versions of Python 3.11 pickle enums
-            return _member
-        if (module, name) not in _OF_METADATA:
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
-        return PosixPath if name == "PosixPath" else super().find_class(module, name)
-
-
-def _member(kind: Any, name: str) -> Any:
-    if not (isinstance(kind, type) and issubclass(kind, Enum)):
-        raise pickle.UnpicklingError(f"{name} of {kind!r} is no part of a checkpoint's metadata")
-    return kind[name]
-
-
-def _reader(path: str) -> Any:
-    """A Reader that runs nothing that somebody's checkpoint may name: torch's own trusts it."""
-    reader = _storage("Reader", path)
-
-    @cache
-    def read_metadata() -> Any:  # without the parameter that has torch look for a rank's own one
-        with reader.fs.create_stream(reader.fs.concat_path(reader.path, ".metadata"), "rb") as file:
-            metadata = _Unpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or _dcp(".metadata").StorageMeta()
-        metadata.storage_meta.load_id = reader.load_id
-        return metadata
-
-    reader.read_metadata = read_metadata
-    return reader
-
-
-def _storage(kind: str, path: str) -> Any:
-    """A Reader or Writer of a folder or URL."""
-    if "://" in path:
-        return getattr(_dcp("._fsspec_filesystem"), f"Fsspec{kind}")(path)
-    return getattr(_dcp(), f"FileSystem{kind}")(path)
-
-
-def _writer(path: str) -> Any:
-    """A Writer of which a file that cannot be written says why."""
-    writer = _storage("Writer", path)
-    create = writer.fs.create_stream
-
-    @contextmanager
-    def create_stream(*where: Any) -> Iterator[Any]:
-        with create(*where) as stream:
-            try:
-                yield stream
-            except RuntimeError as error:  # of torch's zip writer, about what it had to leave
-                raise (error.__context__ or error) from None
-
-    writer.fs.create_stream = create_stream
-    return writer
-
-
 def _metadata(path: str) -> dict[str, TensorStorageMetadata]:
     with _named(path):
-        items = _reader(path).read_metadata().state_dict_metadata
-    tensor = _dcp(".metadata").TensorStorageMetadata
+        items = reader(path).read_metadata().state_dict_metadata
+    tensor = dcp(".metadata").TensorStorageMetadata
     return {name: m for name, m in items.items() if isinstance(m, tensor)}
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import ray
 from fsspec.implementations.local import LocalFileSystem
@@ -29,11 +29,6 @@ COMPLETE = ".metadata"  # `torch.distributed.checkpoint` writes it last
 STEP = f"step-{8 * '[0-9]'}"  # a checkpoint's folder
 CONFIG, METRICS, EVENTS = "config.toml", "metrics.jsonl", "events.jsonl"
 SCALE = "augmenters"  # the size of the fleet that was asked for
-
-PAUSES = 0, 1, 5, 25, 125
-"""Seconds before each attempt at what a run cannot go on without, while a store fails."""
-
-T = TypeVar("T")
 
 
 class RunFolder:
@@ -249,22 +244,6 @@ def occupied(run: str) -> bool:
         except OSError as error:
             return isinstance(error, BlockingIOError)
     return False
-
-
-def patiently(call: Callable[[], T], check: Callable[[], object] = lambda: None) -> T:
-    """What `call` returns, tried again for two and a half minutes while a store fails. `check` is
-    called meanwhile, and may raise.
-    """
-    for pause in PAUSES:
-        for _ in range(pause):
-            time.sleep(1)
-            check()
-        try:
-            return call()
-        except Exception as error:
-            if pause == PAUSES[-1] or not passing(error):
-                raise
-    raise AssertionError
 
 
 def _end_line(path: str) -> None:

@@ -26,12 +26,13 @@ from workers.data import check_classes, classes_of, drawn, keep, known_statistic
 from workers.errors import RunFailed
 from workers.fleet import Fleet
 from workers.initial import read_initial
+from workers.patience import patiently
 from workers.placement import Placement
 from workers.pool import Pool
 from workers.position import position
 from workers.progress import Progress
 from workers.record import Record
-from workers.run import RunFolder, patiently
+from workers.run import RunFolder
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup

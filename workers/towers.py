@@ -26,8 +26,9 @@ from pipeline.tower import Tower
 from pipeline.tracing import clock
 from pipeline.training import NotANumber, Totals, Trainer
 from workers.config import Config
+from workers.patience import PAUSES, patiently
 from workers.placement import Placement
-from workers.run import PAUSES, check_visible, checkpoint_url, patiently
+from workers.run import check_visible, checkpoint_url
 from workers.stream import Stream
 
 REPORT_SECONDS = 1.0

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from pipeline import checkpoint
+from pipeline.checkpoint_files import Unpickler
 from pipeline.mesh import Mesh
 from pipeline.network import Network, build
 from pipeline.training import Trainer
@@ -314,13 +315,13 @@ class Named:
 def test_metadata_of_other_versions_of_python_is_read() -> None:
     """Of 3.13, and of early 3.11, which pickles members of an enum by `getattr`."""
     path = b"cpathlib._local\nPosixPath\n(Va\nVb\ntR."
-    assert checkpoint._Unpickler(io.BytesIO(path)).load() == Path("a/b")
+    assert Unpickler(io.BytesIO(path)).load() == Path("a/b")
     kind = _MEM_FORMAT_ENCODING
     text = pickle.dumps(Named(getattr, kind, "TORCH_PRESERVE_FORMAT"))
-    assert checkpoint._Unpickler(io.BytesIO(text)).load() is kind.TORCH_PRESERVE_FORMAT
+    assert Unpickler(io.BytesIO(text)).load() is kind.TORCH_PRESERVE_FORMAT
     harm = pickle.dumps(Named(getattr, Path("x"), "unlink"))
     with pytest.raises(pickle.UnpicklingError, match=r"unlink of .* is no part"):
-        checkpoint._Unpickler(io.BytesIO(harm)).load()
+        Unpickler(io.BytesIO(harm)).load()
 
 
 @pytest.mark.parametrize(

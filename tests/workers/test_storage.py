@@ -28,12 +28,12 @@ from pipeline.checkpoint import read_progress
 from workers.cli import main
 from workers.config import UserError, configure
 from workers.errors import RunFailed
+from workers.patience import patiently
 from workers.progress import Progress
 from workers.run import (
     RunFolder,
     checkpoints,
     occupied,
-    patiently,
     read_lines,
     read_scale,
     write_scale,
