@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray._raylet import GcsClient
 from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import (
     PlacementGroup,
@@ -26,6 +29,18 @@ from workers.config import Config, UserError
 
 TOWERS, AUGMENT = "towers", "augment"  # custom resources of nodes set aside for either
 SHARE = 0.001  # of such a resource: it says where, its amount means nothing
+
+Bundles = list[dict[str, float]]
+
+
+class Lacking(UserError):
+    """The nodes are too few. `wishes` are lists of bundles, any of which a cluster that can start
+    nodes may be asked for, the first choice first.
+    """
+
+    def __init__(self, message: str, *wishes: Bundles) -> None:
+        super().__init__(message)
+        self.wishes = wishes
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,7 @@ def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> 
     fit even on two cores. Nodes with the resource `augment` take the augmenters, nodes with
     `towers` the towers, where there are such. So many `runs` like it fit side by side, if fewer
     GPUs than runs then on fractions of them; their augmenters are a pool's, which takes no CPU from
-    them. Raises UserError that says what is missing.
+    them. Raises Lacking that says what is missing.
     """
     beside = max(1, runs)
     marked = [node for node in nodes if TOWERS in node]
@@ -70,9 +85,10 @@ def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> 
     if device == "cuda" and gpus < (1 if mesh.size == 1 else everyone):
         where = " on nodes for towers" if len(homes) < len(nodes) else ""
         count = 1 if mesh.size == 1 else everyone
-        raise UserError(
+        raise Lacking(
             f"not enough devices: {count} towers need {count} GPUs, the cluster has {gpus}"
-            f"{where}; --towers 1 holds both towers in one process, --device cpu does without GPUs"
+            f"{where}; --towers 1 holds both towers in one process, --device cpu does without GPUs",
+            [{"GPU": 1}] * count,
         )
 
     if device == "cuda":
@@ -84,9 +100,13 @@ def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> 
     help_share = _share(helpers, least) if apart else share
     if not share or not help_share:
         have = sum(node.get("CPU", 0) for node in nodes)
-        raise UserError(
+        wishes = [[{"CPU": 1.0}] * (everyone + least)]
+        if config.device == "auto":
+            wishes.insert(0, [{"GPU": 1.0}] * everyone)
+        raise Lacking(
             f"not enough CPUs: {everyone} towers and {least} augmenters need at least "
-            f"{(everyone + least) * _STEP:g}, the cluster has {have:g}"
+            f"{(everyone + least) * _STEP:g}, the cluster has {have:g}",
+            *wishes,
         )
     tower = {"CPU": share}
     if device == "cuda":
@@ -134,20 +154,38 @@ ON_THE_WAY = 1800.0  # seconds that it has for it while it is starting nodes
 
 
 def place(config: Config, say: Callable[[str], object], runs: int = 0) -> Placement:
-    """`decide` on the cluster's nodes, and if they are too few, once those that are on their way
-    have come: `ray up` returns when the head is there. Raises UserError if there are none such.
+    """`decide` on the cluster's nodes, or on those that it starts for this: `ray up` returns when
+    the head is there, and a node type may have no node before it is asked for.
+
+    Raises UserError if nodes are missing and the cluster starts none.
     """
-    deadline, told = time.monotonic() + ON_THE_WAY, False
-    while True:
+    try:
+        return decide(cluster_nodes(), config, runs)
+    except Lacking as error:
+        lacking = error
+    if not (_autoscaler().autoscaler_state_version or _starting()):
+        raise lacking
+    say("waiting for nodes that the cluster is starting")
+    for wish in lacking.wishes:
+        group = placement_group(wish)  # which is what an autoscaler starts nodes for
         try:
-            return decide(cluster_nodes(), config, runs)
-        except UserError:
-            if not _starting() or time.monotonic() > deadline:
-                raise
-        if not told:
-            say("waiting for nodes that the cluster is starting")
-            told = True
-        time.sleep(1)
+            if _awaited(group, partial(_feasible, group)):
+                break
+        finally:
+            remove_placement_group(group)
+    return decide(cluster_nodes(), config, runs)
+
+
+def _autoscaler() -> Any:
+    """What Ray's autoscaler told last, if there is one: Ray's AutoscalingState."""
+    reply = GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status()
+    return GetClusterStatusReply.FromString(reply).autoscaling_state
+
+
+def _feasible(group: PlacementGroup) -> bool:
+    """Whether the autoscaler has not said that no nodes of its would be enough."""
+    refused = _autoscaler().infeasible_gang_resource_requests
+    return not any(group.id.hex() in request.details for request in refused)
 
 
 def _starting() -> bool:
@@ -171,11 +209,12 @@ def settle() -> None:
 
 def _awaited(group: PlacementGroup, check: Callable[[], object] = lambda: None) -> bool:
     """Whether the cluster makes room for a group: in a minute, or later if it is starting nodes.
-    `check` is called meanwhile, and may raise.
+    `check` is called meanwhile, and may raise, or end it by False.
     """
     began = last = time.monotonic()
     while not group.wait(0.5):
-        check()
+        if check() is False:
+            return False
         now = time.monotonic()
         if _starting():
             last = now

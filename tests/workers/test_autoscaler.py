@@ -1,4 +1,6 @@
-"""Ray's autoscaler with the node types of cluster.yaml: nodes for the fleet alone, and they go."""
+"""Ray's autoscaler with the node types of cluster.yaml, none of them there: nodes for the towers,
+then for the fleet alone, and these go.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +50,22 @@ while True:
     time.sleep(0.3)
 """
 
+# Where runs of one and of eight pairs of towers go.
+PLACE = """
+import ray
+from workers.config import UserError, configure
+from workers.placement import place
+
+ray.init(log_to_driver=False)
+for replicas in 1, 8:
+    given = {"run": "r", "shards": "s", "device": "cuda", "replicas": replicas}
+    try:
+        where = place(configure(given), lambda line: print(line, flush=True))
+        print(where.mesh.size, where.tower)
+    except UserError as error:
+        print(error)
+"""
+
 
 class Nodes(FakeMultiNodeProvider):
     """Ray's provider for tests, whose nodes are processes here; none before a file is there."""
@@ -68,6 +86,7 @@ def cluster_file(gcs: str, gate: str) -> dict[str, Any]:
     for name, kind in kinds.items():
         kind["node_config"] = {}
         kind["resources"] |= MACHINES.get(name, {})
+    kinds["towers"]["min_workers"] = 0
     kinds["augment"]["max_workers"] = AUGMENT_NODES
     kinds["augment"]["idle_timeout_s"] /= 40
     kinds[FAKE_HEAD_NODE_TYPE] = kinds.pop(file["head_node_type"])
@@ -167,9 +186,27 @@ def nodes(environment: dict[str, str]) -> Iterator[Callable[[int], None]]:
             os.killpg(head.pid, signal.SIGKILL)
 
 
-def test_a_starved_run_gets_augment_nodes_which_go_when_it_ends(
+def test_a_run_gets_nodes_for_towers_and_a_starved_one_for_augmenters_which_go_when_it_ends(
     nodes: Callable[[int], None], environment: dict[str, str], large_shards: str, tmp_path: Path
 ) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PLACE],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as asked:
+        try:
+            assert asked.stdout
+            waiting = "waiting for nodes that the cluster is starting\n"
+            assert asked.stdout.readline() == waiting
+            Path(environment["RAY_TMPDIR"], "gate").touch()
+            nodes(0)
+            assert asked.stdout.readline() == "2 {'CPU': 0.65, 'GPU': 1, 'towers': 0.001}\n"
+            assert asked.stdout.readline() == waiting
+            lacking = "not enough devices: 16 towers need 16 GPUs, the cluster has 4 on nodes for"
+            assert asked.stdout.read().startswith(lacking)
+        finally:
+            asked.kill()
     options = ["--network", "alexnet-mini", "--batch", "32", "--epochs", "1000", "--device", "cpu"]
     # Without a cache one augmenter is too few in later epochs too.
     options += ["--augmenters", "1:9", "--cache", "0", "--log-every", "1"]
@@ -182,11 +219,9 @@ def test_a_starved_run_gets_augment_nodes_which_go_when_it_ends(
         text=True,
     ) as run:
         try:
-            assert run.stdout
-            assert run.stdout.readline() == "waiting for nodes that the cluster is starting\n"
-            Path(environment["RAY_TMPDIR"], "gate").touch()
             nodes(AUGMENT_NODES)
             run.terminate()
+            assert run.stdout
             assert "stopped by SIGTERM" in run.stdout.read()
         finally:
             run.kill()

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.mesh import Mesh
 from workers.config import Config, UserError, configure
-from workers.placement import decide, seats
+from workers.placement import Lacking, decide, seats
 
 Node = dict[str, float]
 
@@ -141,3 +141,20 @@ def test_every_rank_has_a_seat_of_its_own(nodes: str, mesh: Mesh) -> None:
     if len(nodes) >= mesh.size:
         taken = seats(nodes[: mesh.size], mesh)
         assert sorted(taken) == list(range(mesh.size))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "given", "wishes"),
+    [
+        ([{"CPU": 4, "GPU": 4}], {"replicas": 4}, [[{"GPU": 1}] * 8]),
+        ([{"CPU": 4}], {"device": "cuda", "towers": 1}, [[{"GPU": 1}]]),
+        ([{"CPU": 0}], {}, [[{"GPU": 1}] * 2, [{"CPU": 1}] * 3]),
+        ([{"CPU": 0}], {"device": "cpu", "stages": 2}, [[{"CPU": 1}] * 5]),
+    ],
+)
+def test_what_a_cluster_is_asked_to_start(
+    nodes: list[Node], given: dict[str, object], wishes: list[list[Node]]
+) -> None:
+    with pytest.raises(Lacking) as lacking:
+        decide(nodes, config(**given))
+    assert list(lacking.value.wishes) == wishes
