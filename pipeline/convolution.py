@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -124,6 +125,14 @@ def _summed(grad: Tensor) -> Tensor:
     return grad.sum((0, 2, 3))
 
 
+@cache
+def _rectifies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether cuDNN convolves and rectifies in one there, bfloat16 since Ampere."""
+    if not torch.version.cuda or dtype == torch.float64:
+        return False
+    return dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -136,7 +145,7 @@ class _Conv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.form = stride, padding, groups = form
-        if rectified and x.is_cuda and torch.version.cuda and x.dtype != torch.float64:
+        if rectified and x.is_cuda and _rectifies(x.device, x.dtype):
             both = [stride] * 2, [padding] * 2, [1, 1], groups
             return torch.cudnn_convolution_relu(x, weight, bias, *both)
         y = F.conv2d(wide(x), wide(weight), wide(bias), stride, padding, groups=groups)

@@ -31,6 +31,7 @@ def same_bits() -> None:
     """Has a GPU do the same work in the same order each time, and torch refuse what it cannot."""
     # cuBLAS may share its workspace out differently each time unless this is set before its start.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # a switch adds in the order of arrival
     torch.use_deterministic_algorithms(True)
     # A pass over every tensor that is made empty.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

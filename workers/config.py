@@ -122,8 +122,10 @@ def configure(given: dict[str, Any], file: str | None = None, *, goes_on: bool =
         if before and "drops" in shape and chosen.get("epochs", before) != before:
             ratio = chosen["epochs"] / before
             chosen["drops"] = tuple(round(drop * ratio, 2) for drop in shape["drops"])
-    if chosen.get("cuts"):
-        chosen.setdefault("stages", chosen["cuts"].count(",") + 2)
+    if chosen.get("cuts") and "stages" not in (given if given.get("cuts") else chosen):
+        chosen["stages"] = chosen["cuts"].count(",") + 2
+    if "microbatches" not in given and said.get("stages") not in (None, chosen.get("stages")):
+        chosen.pop("microbatches", None)  # of other stages
     if chosen.get("stages", 1) > 1 and "microbatches" not in chosen:
         # Twice as many as stages keep most of them busy, if the batch divides.
         batch = chosen.get("batch", recipe.get("batch", Config.batch))

@@ -34,7 +34,7 @@ def guarded(work: Callable[[int, Callable[[], object]], int], limit: int) -> int
             os.close(read)
             _end_with(own)
             os.set_blocking(write, False)
-            note = lru_cache(partial(os.write, write))  # each note once is enough
+            note = lru_cache(partial(_note, write))  # each note once is enough
             try:
                 return work(deaths, partial(note, PROGRESS))
             finally:
@@ -55,6 +55,11 @@ def guarded(work: Callable[[int, Callable[[], object]], int], limit: int) -> int
         deaths, row = deaths + 1, row + 1
         with suppress(OSError):  # the terminal may be gone
             print(f"the run's supervisor {name}: started again", file=sys.stderr, flush=True)
+
+
+def _note(pipe: int, text: bytes) -> None:
+    with suppress(OSError):  # nobody reads it any more: the parent was killed
+        os.write(pipe, text)
 
 
 _told: list[int] = []  # signals that were passed on

@@ -12,8 +12,7 @@ from typing import Any
 
 import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-from ray._raylet import GcsClient
-from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.autoscaler.v2.sdk import GcsClient, get_cluster_status
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import (
@@ -111,6 +110,12 @@ def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> 
     tower = {"CPU": share}
     if device == "cuda":
         tower["GPU"] = 1 if gpus >= everyone else _share(homes, everyone, "GPU")
+        if not tower["GPU"]:
+            raise Lacking(
+                f"not enough devices: {everyone} towers do not fit on {gpus} GPUs, "
+                f"{1 / _STEP:g} each at most; take fewer runs at once",
+                [{"GPU": 1}] * everyone,
+            )
     if marked:
         tower[TOWERS] = SHARE
     augmenter = {"CPU": 0 if runs else help_share}
@@ -141,7 +146,10 @@ def _share(nodes: Sequence[dict[str, float]], processes: int, kind: str = "CPU")
 
 def _fitting(node: dict[str, float], kind: str, need: float) -> int:
     """How many processes fit on a node that need so much of a resource each."""
-    return int(node.get(kind, 0) / need + 1e-9)
+    has = node.get(kind, 0)
+    if kind == "GPU" and need < 1:  # nobody gets parts of two
+        return int(has) * int(1 / need + 1e-9)
+    return int(has / need + 1e-9)
 
 
 def cluster_nodes() -> list[dict[str, float]]:

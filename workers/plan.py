@@ -174,7 +174,7 @@ def text(result: dict[str, Any], rates: Rates | None) -> str:
         ]
     about = (
         f"{result['network']} on {result['mesh']} (replicas x stages x towers), memory of one "
-        "device in MB; the checkpoint is copied in the host's:\n"
+        "device in MB; from the first checkpoint on a copy of the weights and momentum too:\n"
     )
     if not rates:
         lines.append(("time and cost", "--measure, or --tower-rate and --augmenter-rate, tell"))

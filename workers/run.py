@@ -284,7 +284,8 @@ def checkpoint_url(run: str, step: int) -> str:
 
 
 def write_scale(run: str, augmenters: str) -> bool:
-    """Asks a run for a fleet of another size; whether it goes on, and had not come to its end.
+    """Asks a run for a fleet of another size; whether it goes on, and had not come to its end: then
+    its configuration has the size for whoever resumes it.
 
     Raises UserError if there is none to be asked.
     """
@@ -292,9 +293,14 @@ def write_scale(run: str, augmenters: str) -> bool:
         raise UserError(f"{run}: no run there")
     last = [event["event"] for event in read_lines(run, EVENTS)][-1:]
     fs, path = storage(run)
+    goes_on = last != ["end"]
     with writing(run):
-        write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
-    return last != ["end"]
+        if goes_on:
+            write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
+        else:
+            config = Config(**{**read(f"{run}/{CONFIG}"), "augmenters": augmenters})
+            write_whole(fs, f"{path}/{CONFIG}", config.to_toml().encode())
+    return goes_on
 
 
 def read_scale(run: str) -> str:

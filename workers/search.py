@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
@@ -29,6 +30,21 @@ SEARCH, TRIALS, BEST, REPORT = "search.json", "trials.jsonl", "best.toml", "repo
 REDUCTION = 3  # of the trials that come to a rung of ASHA, one in so many goes on
 
 Algorithm = Literal["random", "optuna", "pbt"]
+
+
+class Population(PopulationBasedTraining):
+    """Population-based training that leaves a trial alone which is `done`: of another's weights at
+    their end it would train nothing, and pass their error off as that of its own settings.
+    """
+
+    def __init__(self, done: Callable[[dict[str, Any], dict[str, Any]], bool], **given: Any):
+        super().__init__(**given)
+        self.done = done
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if "why" not in result and self.done(trial.config, result):
+            return self.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,12 @@ class Search:
         """The settings, those outside the space brought to its edge."""
         return {name: self.space[name].nearest(value) for name, value in settings.items()}
 
+    def done(self, settings: dict[str, Any], report: dict[str, Any]) -> bool:
+        """Whether a trial with these settings has nothing left to train."""
+        base = self.config({}, "memory://")
+        epochs, steps = (settings.get(name, getattr(base, name)) for name in ("epochs", "steps"))
+        return report["epoch"] >= epochs or (steps is not None and report["step"] >= steps)
+
     def plan(self, parallel: int) -> Plan:
         """The trials of it: the first has the recipe's own settings, if the space has them. Those
         of pbt run all at once: who is not there cannot be compared with or take weights over.
@@ -83,10 +105,14 @@ class Search:
         scheduler: Any = None
         if self.algorithm == "pbt":
             parallel = self.trials
-            scheduler = PopulationBasedTraining(
+            scheduler = Population(
+                self.done,
                 time_attr="epoch",
                 perturbation_interval=max(1, epochs // 10),
-                hyperparam_mutations={name: space[name] for name in self.changed},
+                hyperparam_mutations={
+                    name: list(domain.choices) or space[name]  # of a list it takes a neighbour
+                    for name, domain in self.changed.items()
+                },
                 custom_explore_fn=self.nearest,
             )
         elif self.early:
@@ -195,10 +221,7 @@ def _line(wanted: Search, trial: Trial) -> dict[str, Any]:
     settings = {name: _rounded(value) for name, value in trial.settings.items()}
     state = "failed"
     if not trial.failed:
-        config = wanted.config(settings, "memory://")
-        done = trial.report["epoch"] >= config.epochs
-        done = done or (config.steps is not None and trial.report["step"] >= config.steps)
-        state = "finished" if done else "ended early"
+        state = "finished" if wanted.done(settings, trial.report) else "ended early"
     names = ("run", "epoch", "step", "loss", "top1_error", "top5_error", "train_error")
     report = {name: trial.report.get(name) for name in names}
     return {

@@ -199,7 +199,7 @@ class _Run:
         cause: BaseException | None = error
         while isinstance(cause, ray.exceptions.RayTaskError):
             cause = cause.cause
-        if isinstance(cause, DataError):
+        if isinstance(cause, (DataError, UserError)):
             raise cause from None
         kind = type(cause).__name__
         text = (str(cause).strip().splitlines() or ["no message"])[0]

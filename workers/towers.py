@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,7 +27,7 @@ from pipeline.schedule import Line
 from pipeline.tower import Tower
 from pipeline.tracing import clock
 from pipeline.training import NotANumber, Totals, Trainer
-from workers.config import Config
+from workers.config import Config, UserError
 from workers.patience import PAUSES, patiently
 from workers.placement import Placement
 from workers.run import check_visible, checkpoint_url
@@ -70,12 +72,13 @@ class TowerActor:
         """Builds this rank's share, at the weights of checkpoint `resume` or at the start.
 
         Returns the progress that the checkpoint holds, and as "slow" why this rank lacks compiled
-        code, if it does. Raises DataError if this node does not see the run's folder.
+        code, if it does. Raises DataError if this node does not see the run's folder, UserError if
+        torch cannot use its GPU.
         """
         config, placement = self.job.config, self.job.placement
         if self.job.folder:
             patiently(partial(check_visible, self.job.folder))
-        device = torch.device("cuda", 0) if placement.device == "cuda" else torch.device("cpu")
+        device = _gpu() if placement.device == "cuda" else torch.device("cpu")
         if placement.mesh.size > 1:
             _use_interface(ray.util.get_node_ip_address())
             size = placement.mesh.size
@@ -135,14 +138,23 @@ class TowerActor:
     def train(self, feed: Any, start: int) -> Iterator[dict[str, Any]]:
         """Goes through the items from `start` on; rank 0 yields a report now and then.
 
-        Raises NotANumber, `LabelsDiffer`, `DataError`; whatever else ends a collective.
+        Raises NotANumber, `LabelsDiffer`, `DataError`; whatever else ends a collective. A GPU that
+        fails ends this process: no other could be had here, and the run goes on with another one.
         """
+        try:
+            yield from self._items(feed, start)
+        except torch.AcceleratorError as error:
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _items(self, feed: Any, start: int) -> Iterator[dict[str, Any]]:
         config, itinerary = self.job.config, self.job.itinerary
         schedule, evaluations = config.rates(), self.progress["evaluations"]
         stream = self._stream(feed, start, len(itinerary))
         peers = [peer for peer in (self.pair, self.line) if peer]
         meter, totals, evaluated = _Meter(peers, stream), Totals(), Totals()
         trace, begun = self.trainer.trace, 0
+        trained, rate = 0, 0.0  # epoch and rate of the last step
         self.saved = self.progress["step"]  # of the last checkpoint, written or being written
         replica_size = self.job.placement.mesh.size // self.job.placement.mesh.replicas
         for index in range(start, len(itinerary)):
@@ -167,19 +179,12 @@ class TowerActor:
                     part = self.trainer.step(images, item.step)
                 except NotANumber as error:
                     raise NotANumber(f"{error}, epoch {item.epoch}, batch {item.batch}") from None
-                self.progress["step"] = item.step
+                self.progress["step"], trained = item.step, item.epoch
                 totals += part
                 meter.images += part.images
                 meter.nodes[stream.node[:8]] += images.count
                 if self.rank == 0 and (item.last or meter.due(item.step, config.log_every)):
-                    yield {
-                        "kind": "train",
-                        "step": item.step,
-                        "epoch": item.epoch,
-                        **totals.means(),
-                        "rate": rate,
-                        **meter.read(),
-                    }
+                    yield self._trained(trained, totals, rate, meter)
                     totals = Totals()
             else:
                 part = self.trainer.evaluate(images)
@@ -194,6 +199,8 @@ class TowerActor:
                 yield from self._written()
             if self._due(item, itinerary):
                 yield from self._save()
+        if self.rank == 0 and totals.images:  # since the last report, if the run stops
+            yield self._trained(trained, totals, rate, meter)
         for pause, following in zip(PAUSES, (*PAUSES[1:], None), strict=True):
             time.sleep(pause)  # the last one counts more than the time
             yield from self._save()
@@ -202,6 +209,11 @@ class TowerActor:
                 break
         if config.profile:
             yield {"kind": "trace", "rank": self.rank, "spans": trace.spans}
+
+    def _trained(self, epoch: int, totals: Totals, rate: float, meter: _Meter) -> dict[str, Any]:
+        """A report of the steps since the last one."""
+        step = {"kind": "train", "step": self.progress["step"], "epoch": epoch}
+        return {**step, **totals.means(), "rate": rate, **meter.read()}
 
     def measure(self, feed: Any, start: int, steps: int) -> tuple[float, float]:
         """Seconds that so many training items from `start` on take, and those of them that this
@@ -305,10 +317,22 @@ class _Meter:
         return line
 
 
+def _gpu() -> torch.device:
+    """This process's. Raises UserError if Ray has counted one that torch cannot use."""
+    try:
+        return torch.zeros(1, device=torch.device("cuda", 0)).device
+    except (RuntimeError, AssertionError) as error:  # the latter without CUDA in torch
+        why = (str(error).strip().splitlines() or [repr(error)])[0]
+        where = ray.util.get_node_ip_address()
+        raise UserError(
+            f"torch {torch.__version__} cannot use the GPU of {where}: {why}; --device cpu does "
+            "without"
+        ) from None
+
+
 def _use_interface(ip: str) -> None:
     """Has gloo and NCCL talk over the interface with this address, not the host name's."""
     import fcntl
-    import os
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         for _, name in socket.if_nameindex():

@@ -8,6 +8,7 @@ import pty
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -267,6 +268,25 @@ def test_a_terminal_may_stop_what_writes_in_the_background() -> None:
         said += os.read(terminal, 1000)
     assert os.waitpid(pid, 0)[1] == 0
     os.close(terminal)
+
+
+def test_a_run_whose_guard_is_killed_ends_as_it_would() -> None:
+    program = """
+import os, signal, sys
+from workers.guard import guarded
+
+def work(deaths, progressed):
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.kill(os.getppid(), signal.SIGKILL)
+    signal.pause()
+    progressed()
+    print("in order")
+    return 0
+
+guarded(work, 1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "in order\n", "")
 
 
 def test_a_run_goes_on_without_its_terminal() -> None:

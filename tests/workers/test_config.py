@@ -83,6 +83,28 @@ def test_values_that_cannot_be(given: dict[str, object], message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("before", "given", "want"),
+    [
+        ({}, {"stages": 2}, (2, 4)),
+        ({}, {"cuts": "conv3,fc6"}, (3, 4)),
+        ({"stages": 2}, {}, (2, 4)),
+        ({"stages": 2}, {"stages": 1}, (1, 1)),
+        ({"stages": 2}, {"stages": 1, "microbatches": 8}, (1, 8)),
+        ({"microbatches": 8}, {}, (1, 8)),
+    ],
+)
+def test_a_run_with_other_stages_has_other_micro_batches(
+    before: dict[str, object], given: dict[str, object], want: tuple[int, int], tmp_path: Path
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(configure({"run": "r", "batch": 128, **before}).to_toml())
+    config = configure(given, str(file))
+    assert (config.stages, config.microbatches) == want
+    file.write_text("microbatches = 8")
+    assert configure({"stages": 2}, str(file)).microbatches == 8
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("batchsize = 3", "unknown field 'batchsize'"),

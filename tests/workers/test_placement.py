@@ -92,7 +92,15 @@ def test_runs_side_by_side_fit_with_a_fleet_that_takes_no_room(
 
 @pytest.mark.parametrize(
     ("gpus", "runs", "towers", "share"),
-    [(4, 2, 2, 1), (2, 2, 1, 1), (2, 4, 1, 0.5), (1, 3, 1, 0.3), (3, 2, 1, 1)],
+    [
+        *((4, 2, 2, 1), (2, 2, 1, 1), (2, 4, 1, 0.5), (1, 3, 1, 0.3), (3, 2, 1, 1)),
+        *(
+            (2, 3, 1, 0.5),
+            (2, 5, 1, 0.3),
+            (3, 8, 1, 0.3),
+            (1, 20, 1, 0.05),
+        ),  # none has parts of two
+    ],
 )
 def test_runs_side_by_side_have_towers_of_their_own_or_fractions_of_a_gpu(
     gpus: int, runs: int, towers: int, share: float
@@ -112,13 +120,15 @@ def test_runs_side_by_side_have_towers_of_their_own_or_fractions_of_a_gpu(
             {"device": "cuda"},
             "2 towers need 2 GPUs, the cluster has 0 on nodes for towers; --towers 1",
         ),
+        ([{"CPU": 64, "GPU": 1}], {"runs": 21}, "21 towers do not fit on 1 GPUs, 20 each at most"),
         ([{"CPU": 0}], {}, "2 towers and 1 augmenters need at least 0.15, the cluster has 0"),
         ([{"CPU": 1}], {"augmenters": "30:30"}, "not enough CPUs: 2 towers and 30 augmenters"),
     ],
 )
 def test_what_is_missing_is_said(nodes: list[Node], given: dict[str, object], message: str) -> None:
+    runs = int(str(given.pop("runs", 0)))
     with pytest.raises(UserError, match=message):
-        decide(nodes, config(**given))
+        decide(nodes, config(**given), runs)
 
 
 @pytest.mark.parametrize(

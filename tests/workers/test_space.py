@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ray.tune.experiment import Trial
+from ray.tune.schedulers.pbt import _explore
 
 from pipeline.recipes import RECIPES
 from workers.cli import main
@@ -58,6 +61,36 @@ def test_the_best_and_the_recipe_are_confirmed_from_seeds_that_the_search_had_no
     best, recipe = (_again(wanted, {"rate": 0.02}, name, "r", 2) for name in ("best", "recipe"))
     assert (best.rate, recipe.rate) == (0.02, RECIPES["cifar"]()["rate"])
     assert best.seed == recipe.seed == 5 + 2
+
+
+def test_a_population_changes_settings_a_little_and_leaves_alone_who_is_done() -> None:
+    fixed = {"network": "cifar", "epochs": 3, "steps": 20}
+    domains = {"pad": Domain((0, 2, 4, 8)), "rate": Domain((), 0.01, 0.1, True)}
+    scheduler = Search(fixed, domains, algorithm="pbt").plan(2).scheduler
+    scheduler.set_search_properties("top1_error", "min")
+    settings = {"pad": 4, "rate": 0.05}
+    draws = [
+        _explore(
+            settings,
+            scheduler._hyperparam_mutations,
+            0.0,  # never drawn anew
+            scheduler._perturbation_factors,
+            scheduler._custom_explore_fn,
+        )[0]
+        for _ in range(50)
+    ]
+    assert {draw["pad"] for draw in draws} == {2, 8}
+    assert {round(draw["rate"], 3) for draw in draws} == {0.04, 0.06}
+
+    trial = Trial("towers", config=settings, stub=True)
+    controller = SimpleNamespace(search_alg=None, get_trials=list)
+    scheduler.on_trial_add(controller, trial)
+    report = {"epoch": 3, "step": 15, "top1_error": 0.5}
+    for last in (report, {**report, "epoch": 2, "step": 20}):
+        assert scheduler.on_trial_result(controller, trial, last) == scheduler.CONTINUE
+    assert scheduler._trial_state[trial].last_score is None
+    scheduler.on_trial_result(controller, trial, {**report, "epoch": 2})
+    assert scheduler._trial_state[trial].last_score == -0.5
 
 
 @pytest.mark.parametrize(

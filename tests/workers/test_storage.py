@@ -317,6 +317,14 @@ def test_a_fleet_that_was_asked_for_holds_until_another_is() -> None:
     folder.create()
     folder.scaled("6:7")  # and is killed
     assert configure({}, f"{config.run}/config.toml").augmenters == "6:7"
+    folder.event("end")
+    folder.close()
+    assert not write_scale(config.run, "8:9")
+    assert configure({}, f"{config.run}/config.toml").augmenters == "8:9"
+    folder = RunFolder(replace(config, augmenters="6:7"), resume=True)
+    folder.create()
+    folder.close()
+    assert read_scale(config.run) == ""
 
 
 @pytest.mark.parametrize("name", ["pruned", "a[1]*?"])

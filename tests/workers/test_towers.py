@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pipeline.optimizer import SGD
 from pipeline.tower import Tower
 from pipeline.training import Images, Totals, Trainer
 from workers import towers
-from workers.config import configure
+from workers.config import UserError, configure
 from workers.placement import decide
 from workers.progress import Progress
 from workers.record import Record
@@ -103,6 +104,40 @@ def test_a_tower_trains_as_its_configuration_says(train: Callable[..., Trained])
         trainer.step(images(itinerary, item), item + 1)
     found = actor.tower.weights()
     assert [name for name, p in tower.weights().items() if not torch.equal(found[name], p)] == []
+
+
+def test_a_run_that_stops_tells_of_all_its_steps(
+    train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    itinerary = Itinerary([16], None, batch=4, seed=0, epochs=2)
+    own = Noise.next
+    monkeypatch.setattr(Noise, "next", lambda self: None if self.item == 3 else own(self))
+    _, reports = train(itinerary, epochs=2, drops=(), log_every=2)
+    told = [(report["step"], report["epoch"]) for report in reports if report["kind"] == "train"]
+    assert told == [(2, 0), (3, 0)]
+
+
+def test_a_failed_gpu_ends_its_tower(
+    train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor looks for towers that have died, and goes on without them."""
+
+    def fail(self: Trainer, images: Images, step: int) -> Totals:
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(Trainer, "step", fail)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="1"):
+        train(Itinerary([16], None, batch=4, seed=0, epochs=1), epochs=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
+def test_a_gpu_that_torch_cannot_use_is_a_line() -> None:
+    with pytest.raises(UserError, match=r"torch .* cannot use the GPU of .*: .*; --device cpu"):
+        towers._gpu()
 
 
 STILL = {"rate": 1e-9}  # at which no error changes
