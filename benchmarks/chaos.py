@@ -42,7 +42,8 @@ STEPS_A_KILL = 80  # that the run has, so that it is not over before it was kill
 
 def start(shards: Path, run: Path, options: list[str]) -> subprocess.Popen[bytes]:
     """`towers train` with a Ray of its own, printing into RUN.out and RUN.err."""
-    command = [Path(sys.executable).parent / "towers", "train", shards, "--run", run, *options]
+    towers = Path(sys.executable).parent / "towers"
+    command = [str(towers), "train", str(shards), "--run", str(run), *options]
     # Not a pipe: a full one would stop the run while nobody reads.
     with open(f"{run}.out", "w") as out, open(f"{run}.err", "w") as err:
         return subprocess.Popen(

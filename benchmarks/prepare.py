@@ -36,7 +36,8 @@ def photographs(source: str) -> list[bytes]:
     with tarfile.open(source) as outer:
         for member in outer:
             with tarfile.open(fileobj=outer.extractfile(member)) as inner:
-                found += [inner.extractfile(image).read() for image in inner if image.isfile()]
+                files = (inner.extractfile(image) for image in inner)
+                found += [file.read() for file in files if file]
     return found
 
 
@@ -140,7 +141,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tar = Path(folder) / "once.tar"
         repeated(images, args.times, tar)
-        ours, peers = [], {sums: [] for sums in (False, True)}
+        ours: list[float] = []
+        peers: dict[bool, list[float]] = {sums: [] for sums in (False, True)}
         import ray
 
         for n in range(args.repeat):

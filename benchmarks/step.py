@@ -76,7 +76,7 @@ class Plain(nn.Module):
         x = self.pool(F.relu(self.conv5(x))).flatten(1)
         x = self.dropout(F.relu(self.fc6(x)))
         x = self.dropout(F.relu(self.fc7(x)))
-        return self.fc8(x)  # type: ignore[no-any-return]
+        return self.fc8(x)
 
 
 def images(batch: int, crop: int, device: str) -> Images:
@@ -94,7 +94,7 @@ def plain(case: dict[str, Any]) -> Made:
     layout = torch.channels_last if last else torch.contiguous_format
     device = case["device"]
     torch.backends.cudnn.benchmark = True
-    model: Any = Plain().to(device, memory_format=layout)
+    model: Any = Plain().to(device).to(memory_format=layout)  # type: ignore[call-overload]
     if case.get("compiled"):
         model = torch.compile(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=5e-4)
@@ -278,7 +278,7 @@ def kept(batch: int, precision: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3, help="timed, of which the best counts")
     parser.add_argument("--only", default="", help="rows whose name has this")

@@ -144,7 +144,7 @@ class Photographs:
 def data_loader(shards: str, cores: int) -> Batches:
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(
+    loader: Any = DataLoader(
         Photographs(shards),  # type: ignore[arg-type]
         BATCH,
         shuffle=True,
@@ -188,7 +188,9 @@ def mosaic(shards: str, cores: int) -> Batches:
             return pillow_crop(super().__getitem__(index)["image"])
 
     data = Crops(local=folder, shuffle=True, batch_size=BATCH)
-    loader = DataLoader(data, BATCH, num_workers=cores, persistent_workers=True, drop_last=True)
+    loader: Any = DataLoader(
+        data, BATCH, num_workers=cores, persistent_workers=True, drop_last=True
+    )
     while True:
         yield from loader
 
@@ -286,7 +288,8 @@ def main() -> None:
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     if args.one:
-        print(f"{RATE}{rate(*args.one, cores, args.seconds) or 0}")
+        name, shards = args.one
+        print(f"{RATE}{rate(name, shards, cores, args.seconds) or 0}")
         return
     runs = [(name, processes) for name in args.only if name in LOOPS for processes in (1, cores)]
     runs += [(name, 1) for name in args.only if name not in LOOPS]

@@ -185,11 +185,12 @@ def alexnet_mini() -> dict[str, Any]:
         "network": "alexnet-mini",
         "image": 72,
         "scale": 1 / 64,
+        "batch": 64,
         "epochs": 8,
-        "rate": 0.02,
+        "rate": 0.014,
         "schedule": "steps",
         "drops": (6.5,),
-        "warmup": 40,
+        "warmup": 80,
     }
 
 
