@@ -41,7 +41,7 @@ def connected(unless: bool = False) -> Iterator[None]:
         ray.init(
             _address(), logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False
         )
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray has no kind of its own for a start that takes too long
         address = os.environ.get("RAY_ADDRESS", "this machine")
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"no Ray cluster at {address}: {reason}") from None
@@ -102,11 +102,14 @@ def lost() -> bool:
 def _address() -> str | None:
     """What `ray.init` is to connect to; "local" if the cluster that last ran here is gone.
 
-    Raises ConnectionError at once where Ray would ask a dead address for minutes.
+    Raises ConnectionError at once where Ray would ask a dead address for minutes, or take one by
+    which it gives no streams.
     """
     named = os.environ.get("RAY_ADDRESS", "")
-    if named == "local" or "://" in named:
+    if named == "local":
         return None
+    if "://" in named:
+        raise ConnectionError("HOST:6379 is wanted; `towers submit` takes http://HOST:8265")
     found = services.canonicalize_bootstrap_address(None)
     if found is None:
         return None
@@ -117,4 +120,4 @@ def _address() -> str | None:
         if named:
             raise ConnectionError(error.strerror or str(error)) from None
         return "local"  # that cluster was killed, and its address stayed in a file
-    return found
+    return found if named else "auto"  # by which Ray takes the machine's token

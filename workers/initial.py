@@ -18,23 +18,44 @@ from pipeline.optimizer import SGD
 from pipeline.recipes import Recipe
 from pipeline.tower import Tower
 from pipeline.weights import fitting, read_about, read_weights
-from workers.config import Config, UserError, parsed
+from workers.config import Config, UserError, parsed, read
 from workers.data import Classes, kept_classes
 from workers.errors import RunFailed
-from workers.run import COMPLETE, CONFIG, RunFolder, checkpoint_url
+from workers.run import COMPLETE, CONFIG, RunFolder, checkpoint_url, is_run
 from workers.trained import pick_step
+
+SHAPELESS = (
+    *("activation", "lrn", "lrn_size", "lrn_k", "lrn_alpha", "lrn_beta", "pooling", "crossings"),
+    *("image", "scale"),
+)
+"""Settings that weights depend on and no shape of theirs tells."""
 
 
 @dataclass(frozen=True)
 class Initial:
     """The weights of `network` at `source`, by whole-network names; `classes` are those that it
-    tells apart, None if nothing names them.
+    tells apart, None if nothing names them; `recipe` is what they were trained by, {} if unknown.
     """
 
     source: str
     network: Network
     weights: dict[str, Tensor]
     classes: Classes | None
+    recipe: dict[str, Any]
+
+    def otherwise(self, config: Config) -> str:
+        """A line that says what of the recipe, though no weight's shape tells, `config` has
+        otherwise; "" if nothing.
+        """
+        was, here = (
+            [f"{name} {said.get(name)}" for name in SHAPELESS if self.recipe]
+            for said in (self.recipe, vars(config))
+        )
+        pairs = [(old, new) for old, new in zip(was, here, strict=True) if old != new]
+        if not pairs:
+            return ""
+        old, new = (", ".join(names) for names in zip(*pairs, strict=True))
+        return f"the weights at {self.source} come from {old}; here {new}"
 
     def begin(self, folder: RunFolder, config: Config, classes: Classes | None = None) -> str:
         """Writes the checkpoint of step 0 of a run that tells `classes` apart, its own if None.
@@ -84,11 +105,12 @@ def read_initial(config: Config) -> Initial:
         run, found = source.rstrip("/").rpartition("/checkpoints/")[0], source
     else:
         raise UserError(f"{source}: no run and no checkpoint in this folder")
+    recipe = _settings(read(f"{run}/{CONFIG}")) if is_run(run) else {}
     try:
         network, weights = fitting(source, checkpoint.load_weights(found), config.build)
     except ValueError as error:
-        raise UserError(str(error)) from None
-    return Initial(source, network, weights, kept_classes(run) if run else None)
+        raise UserError(f"{error}{_hint(recipe, config)}") from None
+    return Initial(source, network, weights, kept_classes(run) if run else None, recipe)
 
 
 def recipe_of(source: str) -> dict[str, Any]:
@@ -98,19 +120,39 @@ def recipe_of(source: str) -> dict[str, Any]:
     if not source.endswith(".safetensors"):
         return {}
     with _here(source) as file:
-        text = read_about(file).get("recipe")
-    if not isinstance(text, str):
-        return {}
-    said = parsed(text, f"the recipe in {source}")
-    return {field.name: said[field.name] for field in fields(Recipe) if field.name in said}
+        return _recipe(source, _about(file))
 
 
 def _of_file(source: str, config: Config) -> Initial:
     with _here(source) as file:
-        network, weights = read_weights(file, config.build)
-        about = read_about(file) if file.endswith(".safetensors") else {}
+        about = _about(file)
+        recipe = _recipe(source, about)
+        try:
+            network, weights = read_weights(file, config.build)
+        except ValueError as error:
+            raise ValueError(f"{error}{_hint(recipe, config)}") from None
     names = about.get("names")
-    return Initial(source, network, weights, Classes(tuple(names), {}) if names else None)
+    classes = Classes(tuple(names), {}) if names else None
+    return Initial(source, network, weights, classes, recipe)
+
+
+def _about(file: str) -> dict[str, Any]:
+    return read_about(file) if file.endswith(".safetensors") else {}
+
+
+def _recipe(source: str, about: dict[str, Any]) -> dict[str, Any]:
+    text = about.get("recipe")
+    return _settings(parsed(text, f"the recipe in {source}")) if isinstance(text, str) else {}
+
+
+def _settings(said: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: said[field.name] for field in fields(Recipe) if field.name in said}
+
+
+def _hint(recipe: dict[str, Any], config: Config) -> str:
+    """What to add to an error about shapes."""
+    known = recipe.get("network", config.network)
+    return f": they are of --network {known}" if known != config.network else ""
 
 
 @contextmanager

@@ -33,9 +33,9 @@ class Progress:
         self.total = itinerary.total_steps
         low, high = job.config.fleet
         self.say(
-            f"{job.config.network}: {where.mesh.size} tower actor(s) on {where.device} "
-            f"({where.mesh} = replicas x stages x towers, {where.threads} thread(s) each), "
-            f"{low} to {high} augmenters, {self.total} steps"
+            f"{job.folder or job.config.network}: {where.mesh.size} tower actor(s) on "
+            f"{where.device} ({where.mesh} = replicas x stages x towers, {where.threads} "
+            f"thread(s) each), {low} to {high} augmenters, {self.total} steps"
             + (f", from step {step}" if step else "")
         )
 
@@ -119,14 +119,14 @@ def result_table(result: dict[str, Any]) -> str:
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{value:.2%}"
 
-    loss = result["loss"]
+    loss, of = result["loss"], ", training" if result["split"] == "train" else ""
     return table(
         [
             ("run", result["run"]),
             ("steps", f"{result['steps']} ({result['epochs']:g} epochs)"),
-            ("loss", "-" if loss is None else f"{loss:.4f}"),
-            ("top-1 error", percent(result["top1_error"])),
-            ("top-5 error", percent(result["top5_error"])),
+            (f"loss{of}", "-" if loss is None else f"{loss:.4f}"),
+            (f"top-1 error{of}", percent(result["top1_error"])),
+            (f"top-5 error{of}", percent(result["top5_error"])),
             ("images a second", f"{result['images_per_second']:.0f}"),
             ("waited for data", percent(result["stall_fraction"])),
             ("restarts", str(result["restarts"])),

@@ -60,6 +60,9 @@ class Record:
             self.progress.say(f"{report['why']}; {report['then']}")
         elif kind == "trace":
             self.traces[report["rank"]] = report["spans"]
+            if len(self.traces) == self.job.placement.mesh.size:
+                self.progress.say(self.folder.profile(self.traces, self.job.placement.mesh))
+                self.traces = {}
         elif kind == "skipped":
             self.folder.event("skipped", **report)
             for fault in report["faults"]:
@@ -77,13 +80,12 @@ class Record:
     def end(self, step: int, sha: str, restarts: int) -> dict[str, Any]:
         """The run's result, which is its last event too; `sha` is of the weights of `step`."""
         mesh = self.job.placement.mesh
-        if self.traces:
-            self.folder.profile(self.traces, mesh)
         best = self.evaluations[-1] if self.evaluations else self._last
         result = {
             "run": self.folder.url,
             "steps": step,
             "epochs": round(step / self.job.itinerary.steps_per_epoch, 3),
+            "split": self.job.itinerary.held_out if self.evaluations else "train",
             "loss": best.get("loss"),
             "top1_error": best.get("top1_error"),
             "top5_error": best.get("top5_error"),

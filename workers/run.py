@@ -133,8 +133,10 @@ class RunFolder:
         lines = read_lines(self.local or self.url, EVENTS)
         return [line for line in lines if line["event"] == kind]
 
-    def profile(self, traces: dict[int, list[Span]], mesh: Mesh) -> None:
-        """profile/trace.json for Chrome or Perfetto, profile/schedule.png of one step."""
+    def profile(self, traces: dict[int, list[Span]], mesh: Mesh) -> str:
+        """profile/trace.json for Chrome or Perfetto, profile/schedule.png of one step. Returns a
+        line that says so.
+        """
         ranks, names = [traces[rank] for rank in range(mesh.size)], []
         for rank in range(mesh.size):
             replica, stage, tower = mesh.place(rank)
@@ -143,12 +145,14 @@ class RunFolder:
             place += [f"tower {'ab'[tower]}"] if mesh.towers > 1 else []
             names.append(f"rank {rank}: {', '.join(place) or 'both towers'}")
         steps = sorted({span.step for spans in ranks for span in spans})
+        if not steps:
+            return "no profile: the run is over before its fourth step"
         os.makedirs(f"{self.local}/profile", exist_ok=True)
         with open(f"{self.local}/profile/trace.json", "w") as f:
             json.dump(chrome(ranks, names), f)
-        if steps:
-            with open(f"{self.local}/profile/schedule.png", "wb") as f:
-                f.write(picture(ranks, names, steps[len(steps) // 2]))
+        with open(f"{self.local}/profile/schedule.png", "wb") as f:
+            f.write(picture(ranks, names, steps[len(steps) // 2]))
+        return f"profiled steps {steps[0]} to {steps[-1]}: {self.url}/profile"
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         try:
@@ -284,8 +288,8 @@ def checkpoint_url(run: str, step: int) -> str:
 
 
 def write_scale(run: str, augmenters: str) -> bool:
-    """Asks a run for a fleet of another size; whether it goes on, and had not come to its end: then
-    its configuration has the size for whoever resumes it.
+    """Asks a run for a fleet of another size; whether it goes on, as far as can be told. Otherwise
+    whoever resumes it has that size.
 
     Raises UserError if there is none to be asked.
     """
@@ -293,14 +297,14 @@ def write_scale(run: str, augmenters: str) -> bool:
         raise UserError(f"{run}: no run there")
     last = [event["event"] for event in read_lines(run, EVENTS)][-1:]
     fs, path = storage(run)
-    goes_on = last != ["end"]
+    ended = last == ["end"]
     with writing(run):
-        if goes_on:
+        if not ended:
             write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
         else:
             config = Config(**{**read(f"{run}/{CONFIG}"), "augmenters": augmenters})
             write_whole(fs, f"{path}/{CONFIG}", config.to_toml().encode())
-    return goes_on
+    return not ended and ("://" in run or occupied(run))
 
 
 def read_scale(run: str) -> str:

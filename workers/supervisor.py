@@ -83,12 +83,19 @@ def train(
         fleet = Fleet(dataset, job.itinerary, config, where, statistics, pool)
         if advice := config.advice(len(dataset.classes)):
             progress.say(advice)
+        if not dataset.held_out:
+            fixed = (
+                ", and schedule 'plateau' keeps its rate" if config.schedule == "plateau" else ""
+            )
+            progress.say(f"no val or test split: nothing is evaluated{fixed}")
 
         def begin() -> None:
             classes = classes_of(dataset)
             keep(folder.url, classes, statistics)
-            if initial and (line := initial.begin(folder, config, classes)):
-                progress.say(line)
+            if initial:
+                new = initial.begin(folder, config, classes)
+                for line in filter(None, (new, initial.otherwise(config))):
+                    progress.say(line)
 
         run = _Run(job, fleet, folder, progress, begin, deaths, progressed)
         with _terminated(run):
@@ -329,16 +336,21 @@ def _threads_before(folder: RunFolder) -> int | None:
 
 @contextmanager
 def _terminated(run: _Run) -> Iterator[None]:
-    """Within it SIGTERM, such as of a spot machine or `ray job stop`, ends the run in order."""
+    """Within it SIGTERM, such as of a spot machine or `ray job stop`, ends the run in order, and so
+    does Ctrl-C, the first time.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def note(number: int, _: Any) -> None:
+        if run.stopping and number == signal.SIGINT:
+            raise KeyboardInterrupt
         run.stopping = signal.Signals(number).name
 
-    before = signal.signal(signal.SIGTERM, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

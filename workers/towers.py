@@ -180,6 +180,8 @@ class TowerActor:
                 except NotANumber as error:
                     raise NotANumber(f"{error}, epoch {item.epoch}, batch {item.batch}") from None
                 self.progress["step"], trained = item.step, item.epoch
+                if trace.on and begun == PROFILED[-1]:
+                    yield self._traced()
                 totals += part
                 meter.images += part.images
                 meter.nodes[stream.node[:8]] += images.count
@@ -187,6 +189,7 @@ class TowerActor:
                     yield self._trained(trained, totals, rate, meter)
                     totals = Totals()
             else:
+                trace.on = False
                 part = self.trainer.evaluate(images)
                 evaluated = part if item.batch == 0 else evaluated + part
                 if item.last:
@@ -207,8 +210,12 @@ class TowerActor:
             yield from self._written(f"again in {following} s", last=following is None)
             if self.saved == self.progress["step"]:
                 break
-        if config.profile:
-            yield {"kind": "trace", "rank": self.rank, "spans": trace.spans}
+        if config.profile and begun < PROFILED[-1]:
+            yield self._traced()
+
+    def _traced(self) -> dict[str, Any]:
+        self.trainer.trace.on = False
+        return {"kind": "trace", "rank": self.rank, "spans": self.trainer.trace.spans}
 
     def _trained(self, epoch: int, totals: Totals, rate: float, meter: _Meter) -> dict[str, Any]:
         """A report of the steps since the last one."""

@@ -16,7 +16,7 @@ from pipeline.network import Network
 from pipeline.training import NotANumber
 from workers.config import Config, UserError, bare, configure
 from workers.data import Classes, classes_of, kept_classes, known_statistics, training_data
-from workers.run import checkpoint_url, checkpoints
+from workers.run import checkpoint_url, checkpoints, is_run
 
 
 class _OfRun(Classifier):
@@ -81,7 +81,8 @@ def pick_step(run: str, step: int | None) -> int:
     """
     kept = checkpoints(run)
     if not kept:
-        raise UserError(f"{run}: no checkpoint there; is it the folder of a run?")
+        what = "has no checkpoint yet" if is_run(run) else "is no run"
+        raise UserError(f"{run} {what}")
     if step is not None and step not in kept:
         raise UserError(
             f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, kept))}"

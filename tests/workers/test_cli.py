@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from workers.cli import main, parser
+from workers.config import configure
 from workers.output import write_output
 from workers.progress import Progress
 
@@ -89,11 +91,16 @@ def test_json_comes_last_whatever_the_command(
 def test_a_run_that_has_ended_is_not_said_to_look(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.toml").touch()
+    (tmp_path / "config.toml").write_text(configure({"run": "r"}).to_toml())
     for event, said in (("start", "as soon as the run looks"), ("end", "if it is resumed")):
-        (tmp_path / "events.jsonl").write_text(json.dumps({"event": event}) + "\n")
-        assert main(["scale", f"{tmp_path}", "--augmenters", "2:3"]) == 0
-        assert said in capsys.readouterr().out
+        with (tmp_path / "events.jsonl").open("a") as events:
+            fcntl.flock(events, fcntl.LOCK_EX)  # as who trains there
+            print(json.dumps({"event": event}), file=events, flush=True)
+            assert main(["scale", f"{tmp_path}", "--augmenters", "2:3"]) == 0
+            assert said in capsys.readouterr().out
+    (tmp_path / "events.jsonl").write_text(json.dumps({"event": "start"}) + "\n")
+    assert main(["scale", f"{tmp_path}", "--augmenters", "2:3"]) == 0  # it was killed
+    assert "if it is resumed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from workers.cluster import _address
+
 START = """
 import os, signal, time
 import ray
@@ -61,3 +63,10 @@ def test_a_cluster_that_was_killed_is_not_looked_for_and_ours_ends_in_order(nobo
 def test_a_named_cluster_that_does_not_answer_is_named(nobody: str) -> None:
     done = start(RAY_ADDRESS=nobody)
     assert f"UserError: no Ray cluster at {nobody}: Connection refused" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["http", "ray"])
+def test_an_address_of_another_kind_is_told(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"{kind}://somewhere:8265")
+    with pytest.raises(ConnectionError, match="HOST:6379 is wanted; `towers submit` takes http"):
+        _address()

@@ -155,7 +155,7 @@ def mistaken(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["nothing"], "nothing: no checkpoint there; is it the folder of a run?"),
+        (["nothing"], "nothing is no run"),
         (["RUN", "--step", "4"], "no checkpoint of step 4; there are 3, 6"),
         (["RUN", "--split", "test"], "no split 'test'; it has train, val"),
         (["RUN", "--data", "three"], "tells 10 classes apart, "),

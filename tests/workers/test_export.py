@@ -124,7 +124,7 @@ def test_what_cannot_be_exported_is_told_and_leaves_no_file(
         assert "off the network's logits: nothing is written" in said(1, "good", "a.onnx")
     assert "does not know the mean of its training images" in said(2, "bare", "a.onnx")
     assert "a name that ends in .safetensors, .pt or .onnx is wanted" in said(2, "bare", "a.bin")
-    assert "no checkpoint there" in said(2, "nothing", "a.onnx")
+    assert "is no run" in said(2, "nothing", "a.onnx")
     assert "cannot be written" in said(2, "bad", "none/a.pt")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert "a.onnx needs onnxscript: pip install 'towers[onnx]'" in said(2, "bad", "a.onnx")

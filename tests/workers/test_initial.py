@@ -43,6 +43,7 @@ def mistaken(tmp_path: Path) -> Path:
         (["--init", "folder"], "folder: no run and no checkpoint in this folder"),
         (["--init", "w.pt"], "w.pt: conv1.weight is (1,), alexnet-mini wants (32, 3, 11, 11)"),
         (["--init", "RUN", "--network", "cifar", "--image", "72"], "fc4.bias is missing; there"),
+        (["--init", "RUN", "--network", "cifar"], ": they are of --network alexnet-mini"),
         (["--init", "w.pt", "--resume", "--run", "r"], "--init has no effect with --resume"),
         (["--freeze", "conv9"], "freeze has 'conv9': FIRST:LAST of conv1, conv2, "),
         (["--freeze", "conv3:conv1"], "freeze is conv3:conv1: conv1 comes before conv3"),
@@ -90,3 +91,16 @@ def test_a_file_at_a_url_of_the_same_classes_keeps_its_last_layer(
         assert len(found[last]) == len(classes)
         assert torch.equal(found[last], weights[last]) == kept == (line == "")
         assert all(torch.equal(found[n], w) for n, w in weights.items() if n[:3] != "fc8")
+
+
+def test_what_no_shape_tells_is_said(trained: Path, tmp_path: Path) -> None:
+    file = f"{tmp_path}/w.safetensors"
+    export(f"{trained}/run", file, 3)
+    for source in (file, f"{trained}/run", f"{trained}/run/checkpoints/step-00000003"):
+        given = {"network": "alexnet-mini", "init": source, "run": f"{tmp_path}/run"}
+        assert read_initial(configure(given)).otherwise(configure(given)) == ""
+        config = configure({**given, "activation": "tanh", "scale": 1.0})
+        assert read_initial(config).otherwise(config) == (
+            f"the weights at {source} come from activation relu, scale 0.015625; "
+            "here activation tanh, scale 1.0"
+        )

@@ -114,7 +114,7 @@ def test_what_is_no_image_is_skipped_or_ends_it_after_the_others(
         ("run", "broken.jpg", "broken.jpg: the image (8 bytes) does not decode"),
         ("run", "empty", "empty: no image in this folder"),
         ("run", "nowhere.jpg", "nowhere.jpg: no such file"),
-        ("nothing", "photos", "no checkpoint there; is it the folder of a run?"),
+        ("nothing", "photos", "is no run"),
         ("bare", "photos", "does not know the classes and the mean of its training images"),
     ],
 )

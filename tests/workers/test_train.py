@@ -26,7 +26,7 @@ from workers.cli import main
 from workers.config import UserError, configure
 from workers.errors import RunFailed
 from workers.placement import decide
-from workers.progress import Progress
+from workers.progress import Progress, result_table
 from workers.run import RunFolder, checkpoints, write_scale
 from workers.supervisor import _Run, train
 from workers.weights import export, import_
@@ -55,7 +55,7 @@ def test_a_run_and_its_folder(undisturbed: tuple[Path, dict]) -> None:
     folder, result = undisturbed
     assert set(result) == {
         *("run", "steps", "epochs", "loss", "top1_error", "top5_error", "images_per_second"),
-        *("stall_fraction", "weights_sha256", "restarts", "mesh"),
+        *("stall_fraction", "weights_sha256", "restarts", "mesh", "split"),
     }
     assert (result["steps"], result["epochs"], result["mesh"]) == (6, 2, "1x1x2")
     assert 0 <= result["top5_error"] <= result["top1_error"] <= 1
@@ -123,7 +123,9 @@ def test_a_profile_shows_every_rank(staged: Path) -> None:
     assert {e["pid"] for e in spans} == {0, 1, 2, 3}
     assert {e["cat"] for e in spans} >= {"forward", "backward", "optimizer", "wait"}
     assert {e["args"]["step"] for e in spans} == {4, 5, 6}
-    assert sum(e["cat"] == "forward" and e["args"]["step"] == 4 for e in spans) == 4 * 4
+    for step in (4, 6):  # no evaluation, which follows upon the latter
+        forward = [e for e in spans if e["cat"] == "forward" and e["args"]["step"] == step]
+        assert len(forward) == 4 * 4
     with Image.open(staged / "profile" / "schedule.png") as picture:
         assert picture.width == 1600
 
@@ -324,22 +326,22 @@ def test_a_hung_tower_ends_the_run_by_name(
 
 
 class Terminator(Killer):
-    """Sends this process, the run's, a SIGTERM once a step is done."""
+    """Sends this process, the run's, a signal once a step is done."""
 
     def step(self, report: dict[str, Any]) -> None:
         Progress.step(self, report)
         for step in [s for s in self.when if s <= report["step"]]:
-            self.when.pop(step)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.Signals[self.when.pop(step)])
 
 
 def test_a_terminated_run_keeps_a_checkpoint_and_goes_on(
     longer: str, shards: str, tmp_path: Path, processes: Callable[[str], list[int]]
 ) -> None:
     given = {"epochs": 20}
-    for step in (3, 10):  # at an epoch's end, where there is one anyway, and amid one
-        terminator = Terminator({step: ""}, processes)
-        with pytest.raises(RunFailed, match=r"stopped by SIGTERM at step \d+, of which a check"):
+    # At an epoch's end, where there is one anyway, and amid one, by Ctrl-C.
+    for step, name in (3, "SIGTERM"), (10, "SIGINT"):
+        terminator = Terminator({step: name}, processes)
+        with pytest.raises(RunFailed, match=rf"stopped by {name} at step \d+, of which a check"):
             run(tmp_path / "run", shards, terminator, log_every=1, resume=step > 3, **given)
         assert checkpoints(f"{tmp_path}/run")[-1] >= step
     # The same data and schedule to another end: what was done so far is what it would have done.
@@ -362,8 +364,13 @@ def test_a_bad_image_is_named(damaged: str, tmp_path: Path) -> None:
         run(tmp_path / "run", damaged, epochs=1, towers=1)
 
 
-def test_bad_images_are_skipped_and_counted(damaged: str, tmp_path: Path) -> None:
-    run(tmp_path / "run", damaged, epochs=1, towers=1, on_error="skip")
+def test_bad_images_are_skipped_and_counted(
+    damaged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(tmp_path / "run", damaged, epochs=1, towers=1, on_error="skip")
+    assert "no val or test split: nothing is evaluated\n" in capsys.readouterr().err
+    assert result["split"] == "train"
+    assert "top-1 error, training" in result_table(result)
     skipped = [e for e in lines(tmp_path / "run", "events.jsonl") if e["event"] == "skipped"]
     assert [e["count"] for e in skipped] == [1]
     assert "row 70" in skipped[0]["faults"][0]

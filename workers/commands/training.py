@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         "train a network",
         "towers train SHARDS --network alexnet --augmenters 2:16",
         _train,
-        again="--resume goes on from the last checkpoint",
+        again="--resume goes on from the last checkpoint, if there is one",
     )
     train.add_argument("shards", nargs="?", metavar="SHARDS", help=help_of("shards"))
     train.add_argument("--config", metavar="FILE", help="TOML file of these options.")
@@ -88,7 +88,7 @@ def _scale(args: argparse.Namespace) -> int:
     augmenters = configure({"augmenters": args.augmenters, "run": NOWHERE}).augmenters
     run = locate(args.run)
     goes_on = write_scale(run, augmenters)
-    when = "as soon as the run looks" if goes_on else "if it is resumed: the run has ended"
+    when = "as soon as the run looks" if goes_on else "if it is resumed: it has ended"
     text = f"{args.run}: {augmenters} augmenters, {when}"
     return show(args, text, {"run": run, "augmenters": augmenters})
 
