@@ -52,7 +52,7 @@ def decode(data: bytes, place: str, size: int | None = None, *, least: int = 0) 
     if min(height, width) < least:
         raise DataError(
             f"{place}: the image of {width}x{height} pixels is smaller than the crop of {least}; "
-            "replace or remove it"
+            "replace or remove it, or skip such ones (--on-error skip)"
         )
     if size is None or (height, width) == (size, size):
         return pixels
@@ -156,7 +156,7 @@ def _rgb(data: bytes, place: str) -> Image.Image:
         reason = str(error).partition("<_io")[0].strip() or type(error).__name__
         raise DataError(
             f"{place}: the image ({len(data)} bytes) does not decode ({reason}); "
-            "replace or remove it"
+            "replace or remove it, or skip such ones (--on-error skip)"
         ) from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -112,7 +113,7 @@ def make_shard(plan: Preparation, split: str, number: int) -> Iterator[int]:
                     raise
                 faults.append(str(error))
                 told = faults[-1].rpartition(f"{entry.name}: ")[2]  # a name may hold anything
-                reasons.append(told.partition("(")[0].partition(";")[0].strip())
+                reasons.append(re.sub(r" \([^)]*\)", "", told).partition(";")[0].strip())
                 continue
             if sums:
                 sums.add(pixels)

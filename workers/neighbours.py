@@ -218,12 +218,20 @@ def _nearest(
     ]
 
 
+def _font(size: int) -> Any:
+    """One with more than English letters, if there is any."""
+    for name in ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "Arial.ttf"):
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
 def _sheet(shown: Sequence[dict[str, Any]], dataset: Dataset, split: str, size: int) -> bytes:
     """A PNG of a line for each image: itself, and what is near it by falling likeness."""
     across = 1 + max(len(one["neighbours"]) for one in shown)
     gap, high = 8, SIDE + 2 * LINE + 8
     sheet = Image.new("RGB", (across * (SIDE + gap) + 3 * gap, len(shown) * high + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(sheet), _font(12)
 
     def put(line: int, place: int, image: Pixels, *said: str) -> None:
         left, top = gap + place * (SIDE + gap) + (2 * gap if place else 0), gap + line * high

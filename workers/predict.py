@@ -60,6 +60,8 @@ def image_files(place: str) -> list[str]:
 
     Raises DataError if nothing is there, UserError if a folder holds no image.
     """
+    if is_image(place) and place.startswith(("http://", "https://")):
+        return [place]  # or a server that does not answer would be asked before all else
     fs, path = storage(place)
     try:
         folder = persistent(place, lambda: fs.isdir(path))

@@ -64,16 +64,23 @@ def _scan(source: Source, workers: int | None, progress: Progress, here: bool) -
     """All images of a source, in its own order."""
     tables: dict[int, Any] = {}
     passed: list[str] = []
+    empty: list[str] = []
     numbers = np.array_split(np.arange(len(source.parts)), min(len(source.parts), SCANS))
     for _, (number, table, others) in spread(
         _scan_parts, source, numbers, workers=workers, here=here
     ):
         tables[number] = table
         passed += others
+        if not len(table):
+            empty.append(source.parts[number].file)
         progress.line(f"scanned {len(tables)} of {len(source.parts)} parts of {source.url}")
-    if passed:
-        some = ", ".join(sorted(passed)[:3])
-        progress.say(f"passed by {len(passed)} files that are no images by name: {some} ...")
+    for names, what in (
+        (passed, "passed by {} file(s) that are no images by name"),
+        (empty, "no image in {} of the folders or archives"),
+    ):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
+            progress.say(f"{what.format(len(names))}: {some}")
     return pa.concat_tables(tables[n] for n in sorted(tables)).unify_dictionaries()
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from datetime import timedelta
 from typing import Any, TextIO
+from unicodedata import combining, east_asian_width
 
 PLAIN_SECONDS = 5.0
 CLEAR = "\r\x1b[K"
@@ -85,19 +86,27 @@ class Progress:
 
 
 def table(rows: list[tuple[str, ...]], heads: tuple[str, ...] = ()) -> str:
-    """Columns as wide as they need to be; numbers, in all but the first, to the right."""
+    """Columns as wide as they need to be, those of numbers to the right."""
     lines = ([heads] if heads else []) + rows
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    shown = [
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    if heads:
-        shown.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(shown)
+    columns = [[line[i] for line in lines] for i in range(len(lines[0]))]
+    shown = []
+    for column in columns:
+        wide = max(map(width, column))
+        right = all(map(NUMBER.fullmatch, column[bool(heads) :]))
+        spaces = [" " * (wide - width(cell)) for cell in column]
+        padded = [s + c if right else c + s for c, s in zip(column, spaces, strict=True)]
+        if heads:
+            padded.insert(1, "-" * wide)
+        shown.append(padded)
+    return "\n".join("  ".join(line).rstrip() for line in zip(*shown, strict=True))
+
+
+NUMBER = re.compile(r"[-+~<>]?[\d,.]*\d ?(%|x|MB)?|-|")
+
+
+def width(text: str) -> int:
+    """Columns of a terminal that a text takes."""
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in ("W", "F") else 1 for c in text)
 
 
 BOLD, DIM, CYAN, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[36m", "\x1b[0m"

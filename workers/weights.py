@@ -27,8 +27,8 @@ from workers.trained import Trained, open_trained
 README = """# {name}
 
 {parameters:,} parameters of `{network}`, step {step} of {run}, by Towers; {classes} classes.
-Images are brought to {image} x {image} pixels, of which it sees the centre, {crop} x {crop}.
-{use}"""
+An image's shorter side is scaled to {image} pixels; of its centre it sees {crop} x {crop}.
+{use}{names}"""
 
 TORCH = """
 In plain PyTorch:
@@ -102,7 +102,9 @@ def export(run: str, file: str, step: int | None = None) -> dict[str, Any]:
     said = {"name": os.path.basename(file), "crop": network.crop, "run": run}
     result = {"step": trained.step, "parameters": parameters, "classes": network.classes}
     said |= {**result, "network": config.network, "image": config.image}
-    text = README.format(**said, use=use.format(**said) if use is ONNX else use)
+    names = trained.classes.names if trained.classes else ()
+    listed = f"\nIts outputs are, in order: {', '.join(names)}.\n" if names else ""
+    text = README.format(**said, use=use.format(**said) if use is ONNX else use, names=listed)
     write_output(f"{file}.md", text.encode())
     return {"file": file, **result}
 

@@ -24,7 +24,7 @@ import pytest
 from workers.cli import main, parser
 from workers.config import configure
 from workers.output import write_output
-from workers.progress import Progress
+from workers.progress import Progress, table
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,3 +310,13 @@ def test_a_run_goes_on_without_its_terminal() -> None:
     os.close(reader)
     with pytest.raises(BrokenPipeError), os.fdopen(pipe, "w") as out:  # which `main` hears of
         Progress(out).say("nobody reads it")
+
+
+def test_a_table_has_numbers_to_the_right_and_counts_wide_letters() -> None:
+    rows = [("日本", "1.5%", "a b"), ("fünf", "12.0%", "c")]
+    assert table(rows, ("name", "error", "what")).splitlines() == [
+        "name  error  what",
+        "----  -----  ----",
+        "日本   1.5%  a b",
+        "fünf  12.0%  c",
+    ]

@@ -279,3 +279,17 @@ def test_a_store_that_fails_now_and_then(
     assert stored.keys() == there.keys()
     assert all(stored[name] == there[name] for name in there if name.endswith(".parquet"))
     assert validate("s3://bucket/shards")["faults"] == 0
+
+
+def test_what_a_folder_holds_in_vain_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    source, shards = "memory://vain/photos", "memory://vain/shards"  # in this process
+    fs = fsspec.filesystem("memory")
+    for name in ("cat/a.jpg", "cat/b.jpg", "dog/c.jpg", "dog/d.heic", "bird/e.txt"):
+        fs.pipe_file(f"/vain/photos/{name}", encode(draw(0, "train", len(name))[0]))
+    assert prepare(source, shards, Options(48, holdout=0.0))["rows"] == 3
+    said = capsys.readouterr().err
+    assert "passed by 2 file(s) that are no images by name: " in said
+    assert "dog/d.heic\n" in said
+    assert "no image in 1 of the folders or archives: " in said
+    assert "photos/bird\n" in said
+    fs.rm("/vain", recursive=True)

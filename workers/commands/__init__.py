@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
+from pipeline.recipes import Recipe
 from workers.config import Config, UserError
 
 VARIANTS = (
@@ -38,6 +39,7 @@ def command(
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=f"example: {example}",
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="Print one JSON object at the end.")
     parser.set_defaults(run_command=run, again=again)
@@ -49,9 +51,15 @@ def options(parser: argparse.ArgumentParser, *names: str) -> None:
     if "network" in names:
         said = "Defaults in [ ] are alexnet's; other networks have their own."
         parser.description = f"{parser.description} {said}"
+    groups: dict[str, Any] = {}
+    recipe = {field.name for field in fields(Recipe)}
     for field in fields(Config):
         if field.name in names:
-            _option(parser, field)
+            title = "network" if field.name in ("network", *VARIANTS) else "training"
+            title = title if field.name in recipe else "run"
+            if title not in groups:
+                groups[title] = parser.add_argument_group(title) if len(names) > 9 else parser
+            _option(groups[title], field)
 
 
 def help_of(name: str) -> str:
@@ -61,7 +69,7 @@ def help_of(name: str) -> str:
     return text
 
 
-def _option(parser: argparse.ArgumentParser, field: Field[Any]) -> None:
+def _option(parser: Any, field: Field[Any]) -> None:
     """The option of a configuration's field; values are checked by the configuration itself."""
     flag, kind = "--" + field.name.replace("_", "-"), str(field.type).removesuffix(" | None")
     default = "" if field.default in (None, "", (), MISSING) else f" [{field.default}]"

@@ -195,12 +195,15 @@ def _report(args: argparse.Namespace) -> int:
 
 def prediction(line: dict[str, Any], bar: str) -> str:
     """An image's likeliest classes for a person, with bars made of `bar` if it is not ""."""
-    wide = max(len(one["title"]) for one in line["classes"])
+    from workers.progress import width
+
+    wide = max(width(one["title"]) for one in line["classes"])
     lines = [line["image"]]
     for one in line["classes"]:
         chance = one["probability"]
         drawn = bar * round(chance * WIDTH)
-        lines.append(f"  {one['title']:{wide}}  {chance:6.1%}  {drawn}".rstrip())
+        title = one["title"] + " " * (wide - width(one["title"]))
+        lines.append(f"  {title}  {chance:6.1%}  {drawn}".rstrip())
     return "\n".join(lines)
 
 

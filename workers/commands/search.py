@@ -64,7 +64,10 @@ def add(commands: Any) -> None:
         again="the same command goes on",
     )
     claims.add_argument(
-        "--only", action="append", metavar="NAME", help="This claim; may be said again. [all]"
+        "--only",
+        action="append",
+        metavar="NAME",
+        help="This claim, or several with commas; may be said again. [all]",
     )
     claims.add_argument("--data", metavar="SHARDS", help=help_of("shards"))
     claims.add_argument(
@@ -164,7 +167,8 @@ def _claims(args: argparse.Namespace) -> int:
     scale = Scale(locate(data) if data else "", **said)
     folder = getattr(args, "run", "") or f"runs/claims-{time.strftime('%Y%m%d-%H%M%S')}"
     more = {name: given[name] for name in ("seeds", "parallel") if name in given}
-    result = claims(locate(folder), getattr(args, "only", []), scale, **more)
+    only = [name for names in getattr(args, "only", []) for name in names.split(",") if name]
+    result = claims(locate(folder), only, scale, **more)
     names = ("claim", "paper", "ours", "on", "verdict")
     rows = [tuple(str(line[name]) for name in names) for line in result["claims"]]
     text = table(rows, names)
