@@ -6,8 +6,9 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from typing import Any
 
@@ -60,6 +61,30 @@ def guarded(work: Callable[[int, Callable[[], object]], int], limit: int) -> int
 def _note(pipe: int, text: bytes) -> None:
     with suppress(OSError):  # nobody reads it any more: the parent was killed
         os.write(pipe, text)
+
+
+@contextmanager
+def in_order(tell: Callable[[str], object]) -> Iterator[None]:
+    """Within it the name of a signal that is to end this process's work is told: SIGTERM, such as
+    of a spot machine or `ray job stop`, and Ctrl-C, which ends it at once when it comes again.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if heard and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        heard.append(number)
+        tell(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 _told: list[int] = []  # signals that were passed on

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import textwrap
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +22,7 @@ from workers.config import Config, UserError
 from workers.data import check_classes, classes_of, drawn, keep, known_statistics, measured
 from workers.errors import RunFailed
 from workers.fleet import Fleet
+from workers.guard import in_order
 from workers.initial import read_initial
 from workers.patience import patiently
 from workers.placement import Placement
@@ -98,7 +96,7 @@ def train(
                     progress.say(line)
 
         run = _Run(job, fleet, folder, progress, begin, deaths, progressed)
-        with _terminated(run):
+        with in_order(partial(setattr, run, "stopping")):
             return run.result()
 
 
@@ -332,25 +330,3 @@ def _threads_before(folder: RunFolder) -> int | None:
     """Of each tower, when the run started last; None if it did not, or an older version did."""
     starts = folder.events("start")
     return starts[-1].get("threads") if starts else None
-
-
-@contextmanager
-def _terminated(run: _Run) -> Iterator[None]:
-    """Within it SIGTERM, such as of a spot machine or `ray job stop`, ends the run in order, and so
-    does Ctrl-C, the first time.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def note(number: int, _: Any) -> None:
-        if run.stopping and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        run.stopping = signal.Signals(number).name
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,8 +7,7 @@ import socket
 import struct
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,17 +22,16 @@ from datasets.storage import passing
 from pipeline import checkpoint, host, native
 from pipeline.crossing import Pair
 from pipeline.optimizer import SGD
-from pipeline.schedule import Line
 from pipeline.tower import Tower
 from pipeline.tracing import clock
 from pipeline.training import NotANumber, Totals, Trainer
 from workers.config import Config, UserError
+from workers.meter import Meter
 from workers.patience import PAUSES, patiently
 from workers.placement import Placement
 from workers.run import check_visible, checkpoint_url
 from workers.stream import Stream
 
-REPORT_SECONDS = 1.0
 PROFILED = range(4, 12)  # steps since the start that a profile shows: the first ones warm up
 
 
@@ -152,7 +150,7 @@ class TowerActor:
         schedule, evaluations = config.rates(), self.progress["evaluations"]
         stream = self._stream(feed, start, len(itinerary))
         peers = [peer for peer in (self.pair, self.line) if peer]
-        meter, totals, evaluated = _Meter(peers, stream), Totals(), Totals()
+        meter, totals, evaluated = Meter(peers, stream), Totals(), Totals()
         trace, begun = self.trainer.trace, 0
         trained, rate = 0, 0.0  # epoch and rate of the last step
         self.saved = self.progress["step"]  # of the last checkpoint, written or being written
@@ -217,7 +215,7 @@ class TowerActor:
         self.trainer.trace.on = False
         return {"kind": "trace", "rank": self.rank, "spans": self.trainer.trace.spans}
 
-    def _trained(self, epoch: int, totals: Totals, rate: float, meter: _Meter) -> dict[str, Any]:
+    def _trained(self, epoch: int, totals: Totals, rate: float, meter: Meter) -> dict[str, Any]:
         """A report of the steps since the last one."""
         step = {"kind": "train", "step": self.progress["step"], "epoch": epoch}
         return {**step, **totals.means(), "rate": rate, **meter.read()}
@@ -287,41 +285,6 @@ class TowerActor:
     def weights_sha256(self, path: str) -> str:
         """Of the whole network's weights in a checkpoint."""
         return checkpoint.weights_sha256(path)
-
-
-class _Meter:
-    """What happened since the last reading."""
-
-    def __init__(self, peers: Sequence[Pair | Line], stream: Stream) -> None:
-        self.peers, self.stream, self.images = peers, stream, 0
-        self.nodes: Counter[str] = Counter()  # images of this replica that each node made
-        self.start, self.stalled, self.exchanged = self._now()
-
-    def _now(self) -> tuple[float, float, float]:
-        """The time, and the seconds waited so far for data and for other ranks."""
-        waited = sum(peer.waited for peer in self.peers)
-        return time.perf_counter(), self.stream.waited, waited
-
-    def due(self, step: int, every: int | None) -> bool:
-        """Whether to report after a step: every so many, or once a second."""
-        return step % every == 0 if every else time.perf_counter() - self.start >= REPORT_SECONDS
-
-    def read(self) -> dict[str, Any]:
-        """images_per_second, the fractions of time waited for data and for other ranks, and the
-        nodes that made this replica's images.
-        """
-        now, stalled, exchanged = self._now()
-        seconds = now - self.start
-        line = {
-            "images_per_second": self.images / seconds,
-            "stall_fraction": (stalled - self.stalled) / seconds,
-            "exchange_fraction": (exchanged - self.exchanged) / seconds,
-            "seconds": seconds,
-            "made_by": dict(self.nodes),
-        }
-        self.nodes.clear()
-        self.start, self.stalled, self.exchanged, self.images = now, stalled, exchanged, 0
-        return line
 
 
 def _gpu() -> torch.device:
