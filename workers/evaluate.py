@@ -26,7 +26,7 @@ from workers.evaluation_file import write_evaluation
 from workers.progress import Progress
 from workers.spread import only_here
 from workers.sweep import OnError, Part, Work, checked_views, pick_split, sweep, usable_gpus
-from workers.trained import Trained, open_trained
+from workers.trained import Step, Trained, open_trained
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def evaluate(
     data: str = "",
     split: str = "",
     crops: int = 1,
-    step: int | None = None,
+    step: Step = None,
     weights: Sequence[float] | None = None,
     on_error: OnError = "fail",
     workers: int | None = None,
@@ -52,7 +52,7 @@ def evaluate(
 
     `data`: shards, those of the first run's training if unset; `split`: val, or test if there is no
     val, if unset, and of train, if `data` is unset, the images that the first run was trained on;
-    `crops`: 1, the centre, or 10; `step`: of the checkpoints, the last if None; `weights`: of the
+    `crops`: 1, the centre, or 10; `step`: of the checkpoints; `weights`: of the
     average. Returns the keys of `towers evaluate --json`; the whole evaluation is kept in each run.
     Raises UserError and DataError for what the user can mend, RunFailed if rows were lost.
     """

@@ -31,7 +31,7 @@ from workers.predict import BATCH, image_files, open_known, read_image
 from workers.progress import Progress
 from workers.spread import only_here, spread
 from workers.sweep import OnError, Part, Work, sweep, usable_gpus
-from workers.trained import Trained
+from workers.trained import Step, Trained
 
 INDEX, ABOUT = "neighbours", "index.json"  # a folder in the run, and what it says of itself, last
 SMALL = 256 << 20  # bytes of features up to which this process searches them itself
@@ -45,7 +45,7 @@ def neighbours(
     data: str = "",
     split: str = "train",
     k: int = 5,
-    step: int | None = None,
+    step: Step = None,
     output: str = "",
     on_error: OnError = "fail",
     workers: int | None = None,

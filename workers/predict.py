@@ -17,7 +17,7 @@ from pipeline.evaluation import best
 from workers.config import UserError
 from workers.data import Classes
 from workers.sweep import Views, checked_views
-from workers.trained import Trained, open_trained
+from workers.trained import Step, Trained, open_trained
 
 BATCH = 32  # images that are computed together
 
@@ -27,7 +27,7 @@ def predict(
     images: Sequence[str],
     *,
     crops: int = 1,
-    step: int | None = None,
+    step: Step = None,
     on_error: str = "fail",
 ) -> Iterator[dict[str, Any]]:
     """The likeliest classes of each image, at most five, falling: `image` and `classes`, each with
@@ -44,7 +44,7 @@ def predict(
     return _predict(network, found, views, on_error == "skip")
 
 
-def open_known(run: str, step: int | None) -> Trained:
+def open_known(run: str, step: Step) -> Trained:
     """The network of a run. Raises UserError if its classes or statistics are not known."""
     network = open_trained(run, step)
     if not network.classes or not network.statistics:

@@ -22,6 +22,7 @@ from workers.predict import open_known
 from workers.progress import Progress
 from workers.spread import only_here
 from workers.sweep import OnError, Part, Work, checked_views, pick_split, sweep, usable_gpus
+from workers.trained import Step
 
 GROUP = 1 << 16  # rows of a row group of the file
 SCHEMA = pa.schema(
@@ -52,7 +53,7 @@ def predict_rows(
     *,
     split: str = "",
     crops: int = 1,
-    step: int | None = None,
+    step: Step = None,
     on_error: OnError = "fail",
     workers: int | None = None,
     progress: Progress | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from pipeline.network import Network
 from pipeline.training import NotANumber
 from workers.config import Config, UserError, bare, configure
 from workers.data import Classes, classes_of, kept_classes, known_statistics, training_data
-from workers.run import checkpoint_url, checkpoints, is_run
+from workers.run import METRICS, checkpoint_url, checkpoints, is_run, read_lines
 
 
 class _OfRun(Classifier):
@@ -74,15 +74,22 @@ class Trained:
         return made
 
 
-def pick_step(run: str, step: int | None) -> int:
-    """`step` if the run has a checkpoint of it, or that of its last one.
+Step = int | Literal["best"] | None
+"""Of a checkpoint: its own, the one with the least top-1 error of those evaluated, the last one."""
 
-    Raises UserError if there is no such checkpoint.
-    """
+
+def pick_step(run: str, step: Step) -> int:
+    """The step that is meant. Raises UserError if there is no such checkpoint."""
     kept = checkpoints(run)
     if not kept:
         what = "has no checkpoint yet" if is_run(run) else "is no run"
         raise UserError(f"{run} {what}")
+    if step == "best":
+        lines = (line for line in read_lines(run, METRICS) if line["split"] != "train")
+        errors = {line["step"]: line["top1_error"] for line in lines if line["step"] in kept}
+        if not errors:
+            raise UserError(f"{run}: none of its checkpoints was evaluated; --step N takes one")
+        return min(errors, key=errors.__getitem__)
     if step is not None and step not in kept:
         raise UserError(
             f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, kept))}"
@@ -90,8 +97,8 @@ def pick_step(run: str, step: int | None) -> int:
     return kept[-1] if step is None else step
 
 
-def open_trained(run: str, step: int | None = None) -> Trained:
-    """The network of a run's last checkpoint, or that of a step, from a run of any mesh.
+def open_trained(run: str, step: Step = None) -> Trained:
+    """The network of a run's last checkpoint, or of another one, from a run of any mesh.
 
     Raises UserError if there is no such checkpoint, it is damaged, or there is no configuration.
     """

@@ -22,7 +22,7 @@ from workers.initial import read_initial, recipe_of
 from workers.output import check_output, write_output
 from workers.progress import Progress
 from workers.run import RunFolder
-from workers.trained import Trained, open_trained
+from workers.trained import Step, Trained, open_trained
 
 README = """# {name}
 
@@ -67,8 +67,8 @@ NEEDED = ("onnx", "onnxscript", "onnxruntime")
 CLOSE = 1e-4  # of the greatest logit: how near onnxruntime has to come to the network itself
 
 
-def export(run: str, file: str, step: int | None = None) -> dict[str, Any]:
-    """Writes the network of a run's last checkpoint, or that of a step, and a README beside it.
+def export(run: str, file: str, step: Step = None) -> dict[str, Any]:
+    """Writes the network of a run's last checkpoint, or of another one, and a README beside it.
 
     Its weights and the mean that it takes off pixels as `.safetensors` or `.pt`; all of it as
     `.onnx`, which is run and compared first. Raises UserError if there is no such checkpoint, the

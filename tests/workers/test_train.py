@@ -299,12 +299,17 @@ def test_weights_go_out_and_make_a_run(
     assert "step 6 of" in Path(f"{file}.md").read_text()
     made = import_(file, f"{tmp_path}/made", {"network": "alexnet-mini", "shards": shards})
     assert made["weights_sha256"] == result["weights_sha256"]
+    with pytest.raises(UserError, match="made: none of its checkpoints was evaluated; --step N"):
+        export(f"{tmp_path}/made", file, "best")
     again = run(tmp_path / "made", shards, resume=True, steps=1)
     assert again["steps"] == 1
     with pytest.raises(UserError, match=r"fc4.bias is missing"):
         import_(file, f"{tmp_path}/other", {"network": "cifar"})
     with pytest.raises(UserError, match="no checkpoint of step 4; there are 3, 6"):
         export(str(folder), file, 4)
+    evaluations = [line for line in lines(folder, "metrics.jsonl") if line["split"] == "val"]
+    best = min(evaluations, key=lambda line: line["top1_error"])["step"]
+    assert export(str(folder), file, "best")["step"] == best
 
 
 class Stopper(Killer):

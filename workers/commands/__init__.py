@@ -106,6 +106,20 @@ def on_error(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def step(parser: argparse.ArgumentParser) -> None:
+    """Adds --step."""
+    parser.add_argument(
+        "--step",
+        type=_number_or_best,
+        metavar="N|best",
+        help="Of this checkpoint, or of the best evaluated one, instead of the last.",
+    )
+
+
+def _number_or_best(text: str) -> int | str:
+    return text if text == "best" else int(text)
+
+
 def count(workers: int | None) -> int | None:
     """The value of --workers. Raises UserError if it cannot be."""
     if workers is not None and workers < 1:

@@ -7,10 +7,9 @@ import json
 import sys
 from typing import Any
 
-from workers.commands import command, count, on_error, show, workers
+from workers.commands import command, count, on_error, show, step, workers
 from workers.config import UserError, locate
 
-STEP = "Of this checkpoint instead of the last."
 BAR, WIDTH = "\u2588", 40  # a full block, and how many of them are all of the probability
 
 
@@ -68,7 +67,7 @@ def add(commands: Any) -> None:
     near.add_argument("--split", metavar="NAME", help="Split of the shards. [train]")
     near.add_argument("--k", type=int, help="How many of each. [5]")
     near.add_argument("--output", metavar="FILE.png", help="A contact sheet of them.")
-    near.add_argument("--step", type=int, help=STEP)
+    step(near)
     on_error(near)
     workers(near)
 
@@ -91,7 +90,7 @@ def _network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--crops", type=int, choices=(1, 10), help="Crops of each image: its centre, or ten. [1]"
     )
-    parser.add_argument("--step", type=int, help=STEP)
+    step(parser)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from workers.commands import VARIANTS, command, given, help_of, options, show
+from workers.commands import VARIANTS, command, given, help_of, options, show, step
 from workers.config import locate
 
 
@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     )
     export.add_argument("run", metavar="RUN", help=help_of("run"))
     export.add_argument("file", metavar="FILE", help="A name in .safetensors, .pt or .onnx.")
-    export.add_argument("--step", type=int, help="Of this checkpoint instead of the last.")
+    step(export)
 
     import_ = command(
         commands,
