@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ray
@@ -174,10 +173,20 @@ def place(config: Config, say: Callable[[str], object], runs: int = 0) -> Placem
     if not (_autoscaler().autoscaler_state_version or _starting()):
         raise lacking
     say("waiting for nodes that the cluster is starting")
+
+    def there() -> bool:
+        with suppress(Lacking):
+            return bool(decide(cluster_nodes(), config, runs))
+        return False
+
+    def came(group: PlacementGroup) -> bool:
+        """Whether nodes for it came, or others that do too."""
+        return _awaited(group, lambda: _feasible(group) and not there()) or there()
+
     for wish in lacking.wishes:
         group = placement_group(wish)  # which is what an autoscaler starts nodes for
         try:
-            if _awaited(group, partial(_feasible, group)):
+            if came(group):
                 break
         finally:
             remove_placement_group(group)

@@ -32,7 +32,7 @@ def test_it_runs_and_fine_tunes_what_it_does_not_freeze(
     script = module_from_spec(spec)
     spec.loader.exec_module(script)
     result = script.tutorial(str(folder), images=150, epochs=1)
-    assert (result["first"]["steps"], result["second"]["steps"]) == (2, 2)
+    assert (result["first"]["steps"], result["second"]["steps"]) == (3, 2)
     assert result["evaluated"]["images"] == 25
     out, err = capsys.readouterr()
     assert out.count("star.jpg") == 2
