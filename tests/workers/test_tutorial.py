@@ -44,7 +44,7 @@ def test_it_runs_and_fine_tunes_what_it_does_not_freeze(
     assert f"fc8 is drawn new: 10 other classes at {source}" in err
     config = configure({}, f"{folder}/tuned/config.toml")
     assert (config.init, config.freeze) == (source, "conv1:conv5")
-    before = load_weights(f"{folder}/run/checkpoints/step-00000002")
+    before = load_weights(f"{folder}/run/checkpoints/step-00000003")
     after = load_weights(f"{folder}/tuned/checkpoints/step-00000002")
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {name for name in before if name.startswith("conv")}
