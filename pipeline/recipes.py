@@ -178,8 +178,9 @@ def alexnet_2012() -> dict[str, Any]:
 
 
 def alexnet_mini() -> dict[str, Any]:
-    """`towers train`: the drawn data set on two cores, about 3% top-1 error in two and a half
-    minutes.
+    """`towers train`: the drawn data set on two cores, 1 to 2% top-1 error in one to three minutes.
+
+    Batches of 64, as the first two hundred steps pass at chance, whatever they hold.
     """
     return {
         "network": "alexnet-mini",
