@@ -47,14 +47,11 @@ class Initial:
         """A line that says what of the recipe, though no weight's shape tells, `config` has
         otherwise; "" if nothing.
         """
-        was, here = (
-            [f"{name} {said.get(name)}" for name in SHAPELESS if self.recipe]
-            for said in (self.recipe, vars(config))
-        )
-        pairs = [(old, new) for old, new in zip(was, here, strict=True) if old != new]
-        if not pairs:
+        was, here = self.recipe, vars(config)
+        names = [name for name in SHAPELESS if was and was.get(name) != here[name]]
+        if not names:
             return ""
-        old, new = (", ".join(names) for names in zip(*pairs, strict=True))
+        old, new = (", ".join(f"{name} {said.get(name)}" for name in names) for said in (was, here))
         return f"the weights at {self.source} come from {old}; here {new}"
 
     def begin(self, folder: RunFolder, config: Config, classes: Classes | None = None) -> str:
