@@ -74,13 +74,6 @@ class Plan:
         rows = [np.arange(self._starts[g], self._starts[g] + self._sizes[g]) for g in groups]
         return stream("rows", self.seed, self.epoch, w).permutation(np.concatenate(rows))
 
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_shuffled"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._shuffled = lru_cache(maxsize=4)(self._shuffle)
-
 
 def _windows(sizes: RowNumbers, window: int) -> RowNumbers:
     """Where windows begin among the groups, and the end: a group opens one if the last is full."""
@@ -119,8 +112,8 @@ class Itinerary:
     """A whole run as one sequence of batches: an epoch, an evaluation, the next epoch, ...
 
     `train_groups` and those of `held_out` (the split's name and row groups) are rows per row
-    group. Evaluation reads the held-out split in file order after every `evaluate_every` epochs
-    and after the last training batch, which `steps` may cut short. Raises ValueError, naming the
+    group. Evaluation reads the held-out split in file order after every epoch and
+    after the last training batch, which `steps` may cut short. Raises ValueError, naming the
     value, if something is below 1 or the training split is empty. `held_out` is the evaluated
     split's name, None if there is none or it has no rows.
     """
@@ -134,13 +127,8 @@ class Itinerary:
         seed: int,
         epochs: int,
         steps: int | None = None,
-        evaluate_every: int = 1,
     ) -> None:
-        for name, value in (
-            ("batch", batch),
-            ("epochs", epochs),
-            ("evaluate_every", evaluate_every),
-        ):
+        for name, value in (("batch", batch), ("epochs", epochs)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: 1 or more")
         if steps is not None and steps < 1:
@@ -157,7 +145,6 @@ class Itinerary:
         self._held_out_groups = tuple(held_out[1]) if held_out else ()
         self._passes = -(-sum(self._held_out_groups) // batch)
         self.held_out = held_out[0] if held_out and self._passes else None
-        self._stride = evaluate_every * self.steps_per_epoch
         self._plans: dict[int, Plan] = {}
 
     def __len__(self) -> int:
@@ -185,8 +172,8 @@ class Itinerary:
         """
         if not 0 <= step <= self.total_steps:
             raise ValueError(f"step is {step}: 0 to {self.total_steps}")
-        done = max(step - 1, 0) // self._stride
-        due = step > 0 and (step % self._stride == 0 or step == self.total_steps)
+        done = max(step - 1, 0) // self.steps_per_epoch
+        due = step > 0 and (step % self.steps_per_epoch == 0 or step == self.total_steps)
         return step + self._passes * (done + (evaluated and due))
 
     def item(self, i: int) -> Item:

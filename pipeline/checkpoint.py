@@ -135,7 +135,7 @@ def load(path: str, tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> di
     for name in [name for name in state if name.startswith("momentum.") and name not in saved]:
         state.pop(name).zero_()
     _load(path, state, alone=mesh is None)
-    optimizer.restore_rate(state["rate"])
+    optimizer.rate = state["rate"]  # which the velocities belong to
     progress: dict[str, Any] = json.loads(state["progress"])
     return progress
 

@@ -1,12 +1,12 @@
-"""The layer table with what each layer costs: counted from the network, not by hand."""
+"""The layer table with what each layer costs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.network import Network, Shape
 from pipeline.tower import Dropout, Tower
@@ -34,25 +34,18 @@ def describe(network: Network, *, towers: int = 2, batch: int = 128) -> list[Cos
 
     Raises ValueError if the network does not divide over so many towers.
     """
-    # Normalisation is a matrix product here; only the layers' own multiply-adds are counted.
-    plain = replace(network, layers=tuple(replace(layer, norms=()) for layer in network.layers))
     if network.columns % towers:
         raise ValueError(f"{towers} towers of a network with {network.columns} column")
-    tower = _empty(plain)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        tower(torch.zeros(1, 3, network.crop, network.crop), None)
-    counts = counter.get_flop_counts()
-    sizes = {name: p.numel() for name, p in tower.weights().items()}
     costs = []
     for index, (layer, shape) in enumerate(zip(network.layers, network.shapes, strict=True)):
-        parameters = sizes[f"{layer.name}.weight"] + sizes[f"{layer.name}.bias"]
+        parameters = math.prod(network.weight_shape(index)) + layer.maps
         crosses = layer.crosses and towers == 2
         costs.append(
             Cost(
                 layer.name,
                 shape,
                 parameters,
-                sum(counts[f"Tower.blocks.{layer.name}"].values()) // 2,
+                network.multiply_adds(index),
                 network.inputs(index).units // 2 * 4 * batch if crosses else 0,
                 shape.units // towers * 4 * batch,
                 parameters // towers * 4,
@@ -65,17 +58,12 @@ def kept(network: Network, compute: torch.dtype = torch.float32) -> list[int]:
     """Bytes that the forward pass of each layer keeps of one image for the backward pass, in one
     process that holds the whole network: counted, in one that computes with any weights.
     """
-    tower = _empty(network, compute)
+    with torch.device("meta"):  # drawing alexnet's weights takes longer than all that is counted
+        tower = Tower(network, seed=0, compute=compute)
+    tower.to_empty(device="cpu")
     # Of two images less of one: weights in another dtype are kept once a batch.
     one, two = (_kept(tower, n) for n in (1, 2))
     return [b - a for a, b in zip(one, two, strict=True)]
-
-
-def _empty(network: Network, compute: torch.dtype = torch.float32) -> Tower:
-    """A whole network with any weights: drawing alexnet's takes longer than all that is counted."""
-    with torch.device("meta"):
-        tower = Tower(network, seed=0, compute=compute)
-    return tower.to_empty(device="cpu")
 
 
 def _kept(tower: Tower, n: int) -> list[int]:

@@ -10,8 +10,6 @@ if TYPE_CHECKING:  # the command line reads this module too, and torch takes sec
 
     from pipeline.schedule import Line
 
-AXES = ("replica", "stage", "tower")
-
 
 @dataclass(frozen=True)
 class Mesh:
@@ -60,24 +58,21 @@ class Mesh:
 
         if dist.get_world_size() != self.size:
             raise ValueError(f"{dist.get_world_size()} ranks for a mesh of {self.size}")
-        return init_device_mesh(
-            device, (self.replicas, self.stages, self.towers), mesh_dim_names=AXES
-        )
+        sizes = (self.replicas, self.stages, self.towers)
+        return init_device_mesh(device, sizes, mesh_dim_names=("replica", "stage", "tower"))
 
     def line(self, groups: DeviceMesh | None, limit: float) -> Line | None:
         """The stages that this rank exchanges with; None if there is one stage. A collective."""
         if groups is None or self.stages == 1:
             return None
+        import torch
         import torch.distributed as dist
 
         from pipeline.schedule import Line
 
-        ranks = range(self.size)
-        lines: dict[tuple[int, int], list[int]] = {}
-        for rank in ranks:
-            replica, _, tower = self.place(rank)
-            lines.setdefault((replica, tower), []).append(rank)
-        up = dist.new_subgroups_by_enumeration(list(lines.values()))[0]
+        ranks = torch.arange(self.size).view(self.replicas, self.stages, self.towers)
+        lines = ranks.transpose(1, 2).reshape(-1, self.stages).tolist()
+        up = dist.new_subgroups_by_enumeration(lines)[0]
         assert up
         return Line(groups.get_group("stage"), up, limit)
 

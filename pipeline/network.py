@@ -150,7 +150,7 @@ class Network:
         return index == 0 or self.columns == 1 or self.layers[index].crosses
 
 
-def alexnet(classes: int = 1000) -> Network:
+def alexnet(classes: int) -> Network:
     """The network of the paper (3.5): five convolutions and three full layers, two columns."""
     lrn, pool = (Norm(),), Pool()
     return Network(
@@ -170,7 +170,7 @@ def alexnet(classes: int = 1000) -> Network:
     )
 
 
-def alexnet_2012(classes: int = 1000) -> Network:
+def alexnet_2012(classes: int) -> Network:
     """The network that the authors ran (source): where it differs from the paper's text."""
     lrn = Norm(alpha=1e-4 / 5)
     spatial = Norm(alpha=1e-3 / 25, k=1.0, spatial=True)
@@ -187,7 +187,7 @@ def alexnet_2012(classes: int = 1000) -> Network:
     return replace(paper, name="alexnet-2012", layers=tuple(layers))
 
 
-def alexnet_mini(classes: int = 10) -> Network:
+def alexnet_mini(classes: int) -> Network:
     """AlexNet's eight layers at a quarter of the width, on 64-pixel crops.
 
     conv1 strides by 3, so that five convolutions still see something of so small an image, and has
@@ -213,7 +213,7 @@ def alexnet_mini(classes: int = 10) -> Network:
     )
 
 
-def cifar(classes: int = 10) -> Network:
+def cifar(classes: int) -> Network:
     """The 4-layer network of the paper's CIFAR-10 experiments (3.1, 3.3), in two columns.
 
     The authors' definition is lost with the page that the paper points to; this one takes the

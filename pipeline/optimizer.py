@@ -91,10 +91,6 @@ class SGD:
             buffer.mul_(self.rate / rate)
         self.rate = rate
 
-    def restore_rate(self, rate: float) -> None:
-        """The rate that buffers loaded from elsewhere belong to; they stay as they are."""
-        self.rate = rate
-
     def momenta(self) -> dict[nn.Parameter, Tensor]:
         """The buffer of each parameter that is trained: zeros before its first step."""
         return {

@@ -1,4 +1,5 @@
-"""Pipeline stages: where a network is cut, in which order micro-batches go through, and the sends.
+"""Pipeline stages: in which order micro-batches go through, what stages send one another, and
+gradients summed over replicas.
 
 `torch.distributed.pipelining` would do it for batches that divide into equal micro-batches, always
 of one shape. Here the last batch of an epoch is trained on whatever its size, and evaluation has
@@ -52,14 +53,6 @@ class Line:
         self.trace = Trace()
         self._sent: list[tuple[Any, dist.ProcessGroup, Tensor]] = []
 
-    @property
-    def first(self) -> bool:
-        return self.stage == 0
-
-    @property
-    def last(self) -> bool:
-        return self.stage == self.stages - 1
-
     def send(self, x: Tensor) -> None:
         """Starts sending an activation to the next stage."""
         self._send(x, self.down, self.stage + 1)
@@ -111,7 +104,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1) if x.dim() == 4 else x
 
 
-class Averager:
+class Reducer:
     """Adds up gradients over replicas while backward still runs.
 
     Each all-reduce starts once its gradient is complete, in the same order on every replica.

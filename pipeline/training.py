@@ -15,7 +15,7 @@ from pipeline.crossing import Pair
 from pipeline.graph import Graph
 from pipeline.loss import cross_entropy
 from pipeline.optimizer import SGD
-from pipeline.schedule import Averager, Kind, Line, order
+from pipeline.schedule import Kind, Line, Reducer, order
 from pipeline.tower import Dropout, Tower
 from pipeline.tracing import Trace, clock
 from pipeline.waiting import LIMIT, all_reduce, watch
@@ -124,7 +124,7 @@ class Trainer:
         for peer in (pair, line):
             if peer:
                 peer.trace = self.trace
-        self.averager = Averager(tower.weights(), self.replicas, limit) if self.replicas else None
+        self.reducer = Reducer(tower.weights(), self.replicas, limit) if self.replicas else None
         self.device = next(tower.parameters()).device
         peers = pair or line or self.replicas  # whose answers would be awaited in the middle
         alone = self.device.type == "cuda" and not peers and tower.learns
@@ -186,8 +186,8 @@ class Trainer:
                 sums += some
                 kept[m] = x, y / count if self.last else y
                 continue
-            if self.averager and m == len(parts) - 1:
-                self.averager.arm()
+            if self.reducer and m == len(parts) - 1:
+                self.reducer.arm()
             x, y = kept.pop(m)
             if not self.tower.learns:
                 continue
@@ -197,8 +197,8 @@ class Trainer:
             if self.line and self.tower.learns_before:
                 assert x.grad is not None
                 self.line.send_gradient(x.grad)
-        if self.averager:
-            self.averager.finish()
+        if self.reducer:
+            self.reducer.finish()
         return sums
 
     @torch.no_grad()

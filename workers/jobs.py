@@ -11,7 +11,7 @@ import tempfile
 import time
 from importlib.metadata import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import aiohttp
 import ray
@@ -123,20 +123,20 @@ def package_size(folder: str) -> int:
     return size
 
 
-def follow(client: JobSubmissionClient, job: str, out: TextIO | None = None) -> int:
+def follow(client: JobSubmissionClient, job: str) -> int:
     """Writes the job's log as it comes; returns its exit code once it has ended.
 
     A connection that drops is made again, and the log goes on where it was. Raises RunFailed if
     the cluster stays away for five minutes.
     """
-    out, written = out or sys.stdout, 0
+    written = 0
     lost: float | None = None  # since when nobody answers
 
     def write(text: str, start: int) -> None:
         """What is new of a text that begins at this character of the log."""
         nonlocal written
-        out.write(text[max(0, written - start) :])
-        out.flush()
+        sys.stdout.write(text[max(0, written - start) :])
+        sys.stdout.flush()
         written = max(written, start + len(text))
 
     async def tail() -> None:

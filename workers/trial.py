@@ -13,14 +13,14 @@ from typing import Any
 from ray import tune
 
 from datasets import DataError
-from datasets.storage import storage
+from datasets.storage import storage, write_whole
 from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import STATISTICS, known_statistics
 from workers.errors import ClusterLost, RunFailed
 from workers.pool import Pool
 from workers.progress import Progress
-from workers.run import checkpoint_url, checkpoints, is_run, occupied
+from workers.run import COMPLETE, CONFIG, checkpoint_url, checkpoints, is_run, occupied
 from workers.supervisor import train
 
 POINTER = "run.json"
@@ -104,10 +104,10 @@ def _forked(config: Config, origin: str, step: int) -> Config:
     _, source = storage(checkpoint_url(origin, step))
     fs.makedirs(path, exist_ok=True)
     for file in fs.ls(source, detail=False):  # what makes it complete comes last
-        if not file.endswith("/.metadata"):
+        if not file.endswith(f"/{COMPLETE}"):
             fs.cp_file(file, f"{path}/{file.rpartition('/')[2]}")
-    fs.cp_file(f"{source}/.metadata", f"{path}/.metadata")
-    fs.pipe_file(f"{path.partition('/checkpoints/')[0]}/config.toml", config.to_toml().encode())
+    fs.cp_file(f"{source}/{COMPLETE}", f"{path}/{COMPLETE}")
+    write_whole(fs, f"{storage(config.run)[1]}/{CONFIG}", config.to_toml().encode())
     return config
 
 

@@ -31,7 +31,7 @@ def hang(mesh: Mesh, layer: str) -> str:
     images = seen(batch(NETWORK, 4), trainer)
     trainer.step(images, 0)  # in which modules are loaded
     dist.barrier()
-    for peer in (trainer.pair, trainer.line, trainer, trainer.averager):
+    for peer in (trainer.pair, trainer.line, trainer, trainer.reducer):
         if peer:
             peer.limit = LIMIT
     if dist.get_rank() == 1:

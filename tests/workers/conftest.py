@@ -72,8 +72,10 @@ def _own(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _end() -> Iterator[None]:
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # the tests here are of towers on CPUs
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -116,7 +116,7 @@ def environment() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         file = cluster_file(address, f"{folder}/gate")
         (Path(folder) / "cluster.yaml").write_text(yaml.safe_dump(file))
-        yield {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        yield {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "CUDA_"))} | {
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "RAY_ADDRESS": address,
             "RAY_AUTH_MODE": "token",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from datasets import DataError
@@ -84,12 +83,7 @@ def _validate(args: argparse.Namespace) -> int:
     from workers.validate import validate
 
     result = validate(locate(args.shards), workers=count(getattr(args, "workers", None)))
-    for fault in result["named"]:
-        print(fault)
-    for note in result["notes"]:
-        print(f"note: {note}")
     faults = result["faults"]
-    print(f"{result['rows']} rows, {faults or 'no'} fault{'s' if faults != 1 else ''}")
-    if getattr(args, "json", False):
-        print(json.dumps(result))
-    return 1 if faults else 0
+    lines = [*result["named"], *(f"note: {note}" for note in result["notes"])]
+    lines.append(f"{result['rows']} rows, {faults or 'no'} fault{'s' if faults != 1 else ''}")
+    return show(args, "\n".join(lines), result) or int(faults > 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
@@ -133,10 +132,8 @@ def _predict(args: argparse.Namespace) -> int:
             continue
         print(styled(prediction(line, bar), sys.stdout))
         found.append(line)
-    if getattr(args, "json", False):
-        about = {"run": run, "crops": given.get("crops", 1), "skipped": skipped}
-        print(json.dumps({**about, "images": found}))
-    return 0
+    about = {"run": run, "crops": given.get("crops", 1), "skipped": skipped}
+    return show(args, "", {**about, "images": found})
 
 
 def _predict_rows(args: argparse.Namespace, run: str, data: str, given: dict[str, Any]) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import fields
 from typing import Any
 
+from pipeline.recipes import Recipe
 from workers.commands import command, given, help_of, options, show
 from workers.commands.training import NOWHERE
 from workers.config import UserError, configure, locate, read
@@ -82,11 +84,7 @@ def add(commands: Any) -> None:
 
 
 FIXED = (
-    *("network", "activation", "lrn", "pooling", "dropout", "columns", "crossings"),
-    *("lrn_size", "lrn_k", "lrn_alpha", "lrn_beta", "init_scale"),
-    *("image", "scale", "pad", "crops", "mirror", "colour", "colour_scale"),
-    *("batch", "epochs", "rate", "schedule", "drops", "patience", "warmup", "momentum", "decay"),
-    *("bias_rate", "decay_bias", "precision"),
+    *(field.name for field in fields(Recipe) if field.name != "freeze"),
     *("images", "steps", "seed", "towers", "device", "on_error", "restarts"),
 )
 """Settings that hold for every run of a search if they are given."""
