@@ -57,8 +57,7 @@ def finish(process: subprocess.Popen[bytes], run: Path) -> dict[str, Any]:
     out, err = (Path(f"{run}{end}").read_text() for end in (".out", ".err"))
     if process.returncode:
         sys.exit(f"{out}{err}the run failed with exit code {process.returncode}")
-    result: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return result
+    return json.loads(out.splitlines()[-1])
 
 
 def below(pid: int) -> dict[int, tuple[int, str]]:

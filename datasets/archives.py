@@ -149,5 +149,4 @@ class _Headers:
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MAX_HEADER:
             raise tarfile.ReadError(f"a header of {size} bytes")
-        data: bytes = self._file.read(size)
-        return data
+        return self._file.read(size)

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from datasets.images import Pixels, encode
+from datasets.layout import Dataset
 from datasets.randomness import stream
-from datasets.shards import Dataset, open_dataset, write_manifest, write_split
-from datasets.statistics import Sums
+from datasets.shards import open_dataset, write_manifest, write_split
+from datasets.statistics import STATISTICS, Sums
 
 SIZE = 72
 """Side of the images in pixels."""
@@ -105,7 +106,7 @@ def write_drawn(url: str, *, train: int = 6000, val: int = 1000) -> Dataset:
         split: write_split(url, split, records(split, rows), CLASSES, rows_per_group=100)
         for split, rows in (("train", train), ("val", val))
     }
-    sums.finish().save(f"{url.rstrip('/')}/statistics.npz")
+    sums.finish().save(f"{url.rstrip('/')}/{STATISTICS}")
     write_manifest(url, splits, CLASSES, size=SIZE)
     return open_dataset(url)
 

@@ -115,8 +115,7 @@ def _plain_jpeg(data: bytes, *, comments: bool = True) -> Pixels | None:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         if space not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
             return None
-        pixels: Pixels = simplejpeg.decode_jpeg(data)
-        return pixels
+        return simplejpeg.decode_jpeg(data)
     except (ValueError, IndexError):
         return None
 

@@ -26,7 +26,7 @@ from datasets.kept import Made, Options, Preparation, finished, keep, kept_entri
 from datasets.layout import Shard
 from datasets.shards import WORK, Encoded, read_manifest, row_groups, write_manifest, write_shard
 from datasets.sources import Source, plain
-from datasets.statistics import Sums
+from datasets.statistics import STATISTICS, Sums
 from datasets.storage import remove, storage, whole
 
 SHARD_BYTES = 256 << 20
@@ -154,7 +154,7 @@ def finish(plan: Preparation) -> dict[str, Any]:
             if made.sums:
                 total.merge(made.sums)
     if "train" in plan.shards:
-        total.finish().save(f"{plan.url.rstrip('/')}/statistics.npz")
+        total.finish().save(f"{plan.url.rstrip('/')}/{STATISTICS}")
     write_manifest(
         plan.url,
         in_order(splits),

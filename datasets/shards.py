@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from datasets import DataError
 from datasets.foreign import columns, numbered_classes, split_files
 from datasets.layout import Dataset, Shard
-from datasets.rows import Record, Rows
+from datasets.statistics import STATISTICS
 from datasets.storage import (
     address,
     existing,
@@ -32,16 +32,6 @@ from datasets.storage import (
     writable,
     write_whole,
 )
-
-__all__ = [
-    "Dataset",
-    "Record",
-    "Rows",
-    "Shard",
-    "open_dataset",
-    "write_manifest",
-    "write_split",
-]
 
 FORMAT = 1
 """Version of `dataset.json`."""
@@ -102,7 +92,7 @@ def write_split(
     """
     fs, root = storage(url)
     fs.makedirs(root, exist_ok=True)
-    for stale in (MANIFEST, *(["statistics.npz"] if split == "train" else [])):
+    for stale in (MANIFEST, *([STATISTICS] if split == "train" else [])):
         if fs.exists(f"{root}/{stale}"):
             fs.rm_file(f"{root}/{stale}")
     partials: list[tuple[str, tuple[int, ...]]] = []

@@ -14,7 +14,7 @@ from datasets.archives import HEADERS, Member, tar_members, zip_members
 from datasets.foreign import SPLITS, split_word
 from datasets.images import is_image
 from datasets.layout import Dataset
-from datasets.listing import list_columns, read_list
+from datasets.listing import list_columns, read_list, stem
 from datasets.shards import DEEP, open_dataset
 from datasets.storage import (
     address,
@@ -210,7 +210,7 @@ def _archives(url: str, fs: Any, paths: Sequence[str]) -> Source:
     # ILSVRC's outer tar, unpacked: a tar for each class.
     several = len({path.rpartition("/")[0] for path in paths}) > 1
     parts = (
-        Part(address(fs, p), label=_stem(p), split=s if several else "")
+        Part(address(fs, p), label=stem(p), split=s if several else "")
         for p, s in zip(paths, splits, strict=True)
     )
     return Source(url, "tar", tuple(parts))
@@ -220,9 +220,9 @@ def _in_pieces(fs: Any, paths: Sequence[str], head: Sequence[Member]) -> bool:
     """Whether these are class folders in numbered pieces, such as photos-07.tar, and not classes:
     by their names, and by the folders that the first and the last of them begin with.
     """
-    if len({_stem(path).rstrip("0123456789") for path in paths}) > 1:
+    if len({stem(path).rstrip("0123456789") for path in paths}) > 1:
         return False
-    if _stem(paths[0]).rstrip("0123456789")[-1:] not in ("-", "_", "."):
+    if stem(paths[0]).rstrip("0123456789")[-1:] not in ("-", "_", "."):
         return False
     last = address(fs, paths[-1])
     with opened(last, **HEADERS) as file:
@@ -234,7 +234,7 @@ def _inner(outer: str, file: Any) -> Iterator[Part]:
     for member in tar_members(file, outer):
         if not member.name.endswith(".tar"):
             raise DataError(f"{outer}: {member.name} among tars of classes; remove it")
-        yield Part(outer, member.offset, member.length, label=_stem(member.name))
+        yield Part(outer, member.offset, member.length, label=stem(member.name))
 
 
 def _parquet(url: str) -> Source:
@@ -333,7 +333,3 @@ def _split_of(path: str) -> str:
 
 def _last(path: str) -> str:
     return path.rpartition("/")[2]
-
-
-def _stem(path: str) -> str:
-    return _last(path).rpartition(".")[0]

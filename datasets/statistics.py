@@ -15,6 +15,9 @@ from datasets.layout import Dataset
 from datasets.rows import Rows
 from datasets.storage import storage, write_whole
 
+STATISTICS = "statistics.npz"
+"""Name of their file, beside shards and in a run."""
+
 Scale = Literal["eigenvalues", "deviations"]
 
 

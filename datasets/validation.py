@@ -16,7 +16,7 @@ from datasets.images import decode
 from datasets.layout import Dataset
 from datasets.rows import Rows
 from datasets.shards import MANIFEST, check_footer, read_shard
-from datasets.statistics import Statistics, Sums
+from datasets.statistics import STATISTICS, Statistics, Sums
 from datasets.storage import matching, passing, persistent, storage
 
 NEAR = 4.0  # grey levels that statistics may be off: they are taken before JPEG rounds
@@ -159,13 +159,13 @@ def _strays(dataset: Dataset) -> Iterator[str]:
 def _statistics(dataset: Dataset, sums: Sums | None) -> Iterator[str]:
     """Whether the statistics beside the shards are those of the training images."""
     fs, root = storage(dataset.root)
-    url = f"{dataset.root}/statistics.npz"
+    url = f"{dataset.root}/{STATISTICS}"
     # Where rows are bad, what is left has other statistics.
     if (
         not sums
         or not sums.images
         or sums.images < dataset.rows("train")
-        or not fs.exists(f"{root}/statistics.npz")
+        or not fs.exists(f"{root}/{STATISTICS}")
     ):
         return
     try:

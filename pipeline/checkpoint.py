@@ -136,8 +136,7 @@ def load(path: str, tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> di
         state.pop(name).zero_()
     _load(path, state, alone=mesh is None)
     optimizer.rate = state["rate"]  # which the velocities belong to
-    progress: dict[str, Any] = json.loads(state["progress"])
-    return progress
+    return json.loads(state["progress"])
 
 
 def read_progress(path: str) -> dict[str, Any]:
@@ -145,8 +144,7 @@ def read_progress(path: str) -> dict[str, Any]:
     _metadata(path)  # which says better than loading what is wrong with it
     state = {"progress": ""}
     _load(path, state)
-    progress: dict[str, Any] = json.loads(state["progress"])
-    return progress
+    return json.loads(state["progress"])
 
 
 def load_weights(path: str) -> dict[str, Tensor]:

@@ -36,7 +36,8 @@ def conv2d(
 
 
 def dense(weight: Tensor, groups: int) -> Tensor:
-    """The weights of a convolution without groups that is the same: zeros between the groups.
+    """The weights of a convolution without groups that is the same: [out, maps / groups, k, k] to
+    [out, maps, k, k] with zeros between the groups.
 
     On a GPU it does twice the work in less time: cuDNN has fast code for whole tensors alone.
     """
@@ -51,7 +52,8 @@ def dense(weight: Tensor, groups: int) -> Tensor:
 
 
 def folded(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor]:
-    """The same convolution with stride 1, over stride x stride pixels as maps of one.
+    """The same convolution with stride 1 and no padding, over stride x stride pixels as maps of
+    one: `x` [n, maps, h, w] and `weight` [out, maps, k, k], both by `fold`.
 
     Tensor cores take many maps at a time and leave three pixels' colours to slow code. The kernel
     grows by zeros to a multiple of the stride, maps to one of 32.
@@ -89,7 +91,7 @@ def gradients(
     groups: int = 1,
     mask: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of x, weight and bias; what `mask` leaves out is undefined."""
+    """Those of x, weight and bias, in the dtype of `grad`; None for what `mask` leaves out."""
     dtype = grad.dtype
     grad, x, weight = map(wide, (grad, x, weight))
     # oneDNN sums the bias's inside a float32 product of few channels, and takes twice as long.

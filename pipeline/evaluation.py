@@ -53,7 +53,9 @@ class Classifier:
 
     @torch.no_grad()
     def logits(self, crops: Tensor) -> Tensor:
-        """Crops uint8 [n, crop, crop, 3] to logits [n, classes] on the network's device."""
+        """Crops uint8 [n, crop, crop, 3] to logits [n, classes] on the network's device, in the
+        dtype that it computes in.
+        """
         return self._blocks(crops, len(self.tower.blocks))
 
     @torch.no_grad()

@@ -30,7 +30,9 @@ class Graph:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
-        """`batch` has images along dimension 0 of each tensor, on any device."""
+        """The sums of `work` for a batch that has images along dimension 0 of each tensor, on any
+        device; they lie where the next call may overwrite them.
+        """
         size = len(batch[-1])
         if not self._graph and size in self._sizes:
             self._record(batch, numbers)

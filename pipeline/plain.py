@@ -59,7 +59,7 @@ def code(network: Network, scale: float) -> str:
     """Python that makes `net`, an `nn.Sequential` that needs nothing but torch.
 
     Its parameters have whole-network names, and beside them is `MEAN`, so that it takes pixels as
-    they are.
+    they are, which it multiplies by `scale` less that mean.
     """
     norms = [norm for layer in network.layers for norm in layer.norms]
     parts = ["from collections import OrderedDict\n\nimport torch\nfrom torch import nn\n"]
@@ -115,12 +115,13 @@ def to_onnx(net: nn.Module, crop: int, about: Mapping[str, str]) -> bytes:
     proto = program.model_proto
     for name, value in about.items():
         proto.metadata_props.add(key=name, value=value)
-    file: bytes = proto.SerializeToString()
-    return file
+    return proto.SerializeToString()
 
 
 def run_onnx(file: bytes, pixels: Tensor) -> Tensor:
-    """The logits of an ONNX file by onnxruntime, on the CPU."""
+    """The logits of an ONNX file, float32 [n, classes], of `pixels` float32 [n, 3, crop, crop] from
+    0 to 255, by onnxruntime on the CPU.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])

@@ -94,7 +94,8 @@ class Trainer:
     `mean` float32 [crop, crop, 3] is subtracted from the pixels (0 to 255), then `scale` multiplies
     them. Gradients are those of the mean loss over the global batch, whatever its micro-batches,
     stages (`line`) and replicas. Only the first stage needs crops, only the last labels; all need
-    to know how many images there are and their places.
+    to know how many images there are and their places. `schedule` orders a stage's micro-batches;
+    `limit`: seconds that it waits for another rank.
     """
 
     def __init__(

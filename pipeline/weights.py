@@ -30,8 +30,7 @@ def packed(file: str, weights: dict[str, Tensor], about: dict[str, str]) -> byte
     if file.endswith(".safetensors"):
         from safetensors.torch import save
 
-        data: bytes = save(weights, metadata={"format": "pt", **about})
-        return data
+        return save(weights, metadata={"format": "pt", **about})
     if file.endswith(".pt"):
         buffer = io.BytesIO()
         torch.save({**weights}, buffer)

@@ -1,6 +1,5 @@
 """For all tests."""
 
-
 import pytest
 from hypothesis import settings
 

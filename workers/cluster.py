@@ -15,7 +15,7 @@ import ray
 from ray._private import services, worker
 
 from workers.config import UserError
-from workers.errors import ClusterLost
+from workers.errors import ClusterLost, first_line
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def connected(unless: bool = False) -> Iterator[None]:
         )
     except Exception as error:  # Ray has no kind of its own for a start that takes too long
         address = os.environ.get("RAY_ADDRESS", "this machine")
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"no Ray cluster at {address}: {reason}") from None
     try:
         with _interruptible(), _kept():

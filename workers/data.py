@@ -13,13 +13,13 @@ from datasets import DataError
 from datasets.drawn import write_drawn
 from datasets.layout import Dataset
 from datasets.shards import open_dataset, read_manifest
-from datasets.statistics import Statistics
+from datasets.statistics import STATISTICS, Statistics
 from datasets.storage import storage, write_whole
 from workers.config import Config
 from workers.measure import measure
 from workers.progress import Progress
 
-CLASSES, STATISTICS = "classes.json", "statistics.npz"
+CLASSES = "classes.json"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.description import Cost, describe
 from pipeline.mesh import Mesh
 from pipeline.network import Layer, Network
-from workers.progress import table
+from workers.progress import megabytes, table
 
 
 def layer_table(
@@ -26,7 +26,7 @@ def layer_table(
     sent = sum(c.sent for c in costs)
     memory = sum(c.activations + 3 * c.weights for c in costs)
     rows.append(
-        ("total", "", "", f"{parameters:,}", f"{macs:,}", _megabytes(sent), _megabytes(memory))
+        ("total", "", "", f"{parameters:,}", f"{macs:,}", megabytes(sent), megabytes(memory))
     )
     heads = ("layer", "what", "output", "parameters", "multiply-adds", "sent MB", "memory MB")
     text = table(rows, heads)
@@ -48,7 +48,7 @@ def layer_table(
                 f"{r['layers'][0]} to {r['layers'][-1]}",
                 f"{r['macs'] / macs * towers:.0%}",
                 f"{r['parameters']:,}",
-                _megabytes(r["memory"]),
+                megabytes(r["memory"]),
             )
             for r in ranks
         ]
@@ -111,10 +111,6 @@ def _row(layer: Layer, cost: Cost) -> tuple[str, ...]:
         output,
         f"{cost.parameters:,}",
         f"{cost.macs:,}",
-        _megabytes(cost.sent) if cost.sent else "",
-        _megabytes(cost.activations + 3 * cost.weights),
+        megabytes(cost.sent) if cost.sent else "",
+        megabytes(cost.activations + 3 * cost.weights),
     )
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f}"

@@ -1,6 +1,11 @@
-"""How a run can end other than well."""
+"""How a run can end other than well, in a line."""
 
 from __future__ import annotations
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; the name of its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class RunFailed(RuntimeError):

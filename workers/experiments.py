@@ -236,8 +236,7 @@ class _Lab:
             same = [run.run for run in runs[claim.better]]
             errors = self._errors(same, crops=10 if measure == "ten_crops" else 1)
             return errors["averaged" if measure == "averaged" else one.run]
-        value: float = getattr(one, measure)
-        return value
+        return getattr(one, measure)
 
     def _errors(self, runs: Sequence[str], **options: Any) -> dict[str, float]:
         """The top-1 errors of runs as `towers evaluate` finds them, and of their average."""

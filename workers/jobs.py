@@ -21,7 +21,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from workers.config import UserError
-from workers.errors import RunFailed
+from workers.errors import RunFailed, first_line
 
 # What a job does not need, beside what .gitignore names.
 EXCLUDES = [".git", ".venv", "runs", "shards", "data", "**/__pycache__", "**/.*_cache"]
@@ -49,12 +49,12 @@ def connect(address: str) -> JobSubmissionClient:
         client = JobSubmissionClient(address)
         found = client._server_ray_version
     except AuthenticationError as error:
-        first = str(error).splitlines()[0]
         raise UserError(
-            f"{address}: {first}; put the cluster's token into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            f"{address}: {first_line(error)}; put the cluster's token into RAY_AUTH_TOKEN or "
+            "~/.ray/auth_token"
         ) from None
     except (*DROPPED, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"no Ray cluster at {address}: {reason.rstrip('.')}; "
             "--cluster FILE opens the way to one of `ray up`"
@@ -100,8 +100,7 @@ def submit(client: JobSubmissionClient, folder: str, command: str) -> str:
         "excludes": EXCLUDES,
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
     }
-    found: str = client.submit_job(entrypoint=command, runtime_env=environment)
-    return found
+    return client.submit_job(entrypoint=command, runtime_env=environment)
 
 
 def package_size(folder: str) -> int:

@@ -13,7 +13,7 @@ from pipeline.mesh import Mesh
 from pipeline.network import Network
 from workers.config import Config, UserError
 from workers.fleet import store_bytes
-from workers.progress import table
+from workers.progress import megabytes, table
 from workers.rates import Rates
 
 PARTS = ("weights", "gradients", "velocities", "activations", "batch", "checkpoint")
@@ -138,22 +138,22 @@ def text(result: dict[str, Any], rates: Rates | None) -> str:
         (
             str(line["stage"]),
             f"{line['layers'][0]} to {line['layers'][-1]}",
-            *(_megabytes(line[part]) for part in PARTS),
-            _megabytes(sum(line[part] for part in PARTS)),
+            *(megabytes(line[part]) for part in PARTS),
+            megabytes(sum(line[part] for part in PARTS)),
         )
         for line in result["memory"]
     ]
     moved = result["step_bytes"]
     lines: list[tuple[str, ...]] = [
         ("steps", f"{result['steps']:,} of {result['batch']} images"),
-        ("checkpoint, MB", _megabytes(result["checkpoint_bytes"])),
-        ("object store for batches, MB", _megabytes(result["object_store_bytes"])),
-        ("from one tower to the other, MB a step", _megabytes(moved["towers"])),
+        ("checkpoint, MB", megabytes(result["checkpoint_bytes"])),
+        ("object store for batches, MB", megabytes(result["object_store_bytes"])),
+        ("from one tower to the other, MB a step", megabytes(moved["towers"])),
         *(
-            (f"between stages {n} and {n + 1}, MB a step", _megabytes(count))
+            (f"between stages {n} and {n + 1}, MB a step", megabytes(count))
             for n, count in enumerate(moved["stages"])
         ),
-        ("gradients over replicas, MB a step", _megabytes(moved["replicas"])),
+        ("gradients over replicas, MB a step", megabytes(moved["replicas"])),
     ]
     if rates:
         exact = f" ({result['augmenters_needed']:.2f})"
@@ -180,10 +180,6 @@ def text(result: dict[str, Any], rates: Rates | None) -> str:
         lines.append(("time and cost", "--measure, or --tower-rate and --augmenter-rate, tell"))
     shown = [line for line in lines if line[1] not in ("0.0", "0.00")]
     return f"{about}{table(rows, heads)}\n\n{table(shown)}"
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f}"
 
 
 def _time(seconds: float) -> str:

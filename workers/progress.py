@@ -104,6 +104,11 @@ def table(rows: list[tuple[str, ...]], heads: tuple[str, ...] = ()) -> str:
 NUMBER = re.compile(r"[-+~<>]?[\d,.]*\d ?(%|x|MB)?|-|")
 
 
+def megabytes(count: int) -> str:
+    """Bytes for a table whose head says MB."""
+    return f"{count / 1e6:,.1f}"
+
+
 def width(text: str) -> int:
     """Columns of a terminal that a text takes."""
     return sum(0 if combining(c) else 2 if east_asian_width(c) in ("W", "F") else 1 for c in text)

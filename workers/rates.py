@@ -112,8 +112,7 @@ def _towers(dataset: Dataset, config: Config, where: Placement, statistics: Stat
 
             def measured(start: int, steps: int) -> tuple[float, float]:
                 calls = [t.measure.remote(actors.feed, start, steps) for t in actors.towers]
-                found: tuple[float, float] = ray.get(calls)[0]
-                return found
+                return ray.get(calls)[0]
 
             measured(0, WARM)
             each = measured(WARM, WARM)[0] / WARM

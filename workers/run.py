@@ -260,8 +260,7 @@ def _end_line(path: str) -> None:
 def is_run(url: str) -> bool:
     """Whether a run has begun in this folder or URL."""
     fs, path = storage(url)
-    found: bool = fs.exists(f"{path}/{CONFIG}")
-    return found
+    return fs.exists(f"{path}/{CONFIG}")
 
 
 def read_lines(run: str, name: str) -> list[dict[str, Any]]:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from datasets import DataError
+from datasets.layout import Dataset
 from datasets.plan import Itinerary
-from datasets.shards import Dataset, open_dataset
+from datasets.shards import open_dataset
 from datasets.statistics import Statistics
 from datasets.storage import passing
 from workers import cluster, placement

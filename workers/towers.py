@@ -26,6 +26,7 @@ from pipeline.tower import Tower
 from pipeline.tracing import clock
 from pipeline.training import NotANumber, Totals, Trainer
 from workers.config import Config, UserError
+from workers.errors import first_line
 from workers.meter import Meter
 from workers.patience import PAUSES, patiently
 from workers.placement import Placement
@@ -292,11 +293,10 @@ def _gpu() -> torch.device:
     try:
         return torch.zeros(1, device=torch.device("cuda", 0)).device
     except (RuntimeError, AssertionError) as error:  # the latter without CUDA in torch
-        why = (str(error).strip().splitlines() or [repr(error)])[0]
         where = ray.util.get_node_ip_address()
         raise UserError(
-            f"torch {torch.__version__} cannot use the GPU of {where}: {why}; --device cpu does "
-            "without"
+            f"torch {torch.__version__} cannot use the GPU of {where}: {first_line(error)}; "
+            "--device cpu does without"
         ) from None
 
 

@@ -47,6 +47,11 @@ class Trained:
     statistics: Statistics | None
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights as tensors over the same memory."""
+        return {name: torch.from_numpy(weight) for name, weight in self.weights.items()}
+
+    @property
     def network(self) -> Network:
         """Its table."""
         last = self.config.build(1000).layers[-1].name
@@ -64,7 +69,7 @@ class Trained:
         assert self.statistics
         made = _OfRun(
             self.network,
-            {name: torch.from_numpy(weight) for name, weight in self.weights.items()},
+            self.tensors,
             torch.from_numpy(self.statistics.centre(self.network.crop)),
             scale=self.config.scale,
             compute=getattr(torch, precision or self.config.precision),

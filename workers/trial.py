@@ -13,10 +13,11 @@ from typing import Any
 from ray import tune
 
 from datasets import DataError
+from datasets.statistics import STATISTICS
 from datasets.storage import storage, write_whole
 from workers.cluster import connected
 from workers.config import Config, UserError
-from workers.data import STATISTICS, known_statistics
+from workers.data import known_statistics
 from workers.errors import ClusterLost, RunFailed
 from workers.pool import Pool
 from workers.progress import Progress

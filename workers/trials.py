@@ -20,10 +20,11 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from datasets.shards import open_dataset
+from datasets.statistics import STATISTICS
 from datasets.storage import matching, storage
 from workers import placement
 from workers.config import Config, UserError
-from workers.data import STATISTICS, check_classes, drawn, known_statistics, measured
+from workers.data import check_classes, drawn, known_statistics, measured
 from workers.errors import RunFailed
 from workers.pool import Pool
 from workers.progress import Progress
@@ -150,8 +151,7 @@ def _limited(plan: Plan) -> bool:
 
 
 def _id(trial: Any) -> str:
-    name: str = trial.trial_id
-    return name
+    return trial.trial_id
 
 
 def slots() -> int:

@@ -74,8 +74,7 @@ def _check(file: str) -> None:
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
+        return s.getsockname()[1]
 
 
 def _open(file: str, port: int, said: IO[str]) -> subprocess.Popen[str]:

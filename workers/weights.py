@@ -78,7 +78,7 @@ def export(run: str, file: str, step: Step = None) -> dict[str, Any]:
         _check_packages(file)
     trained = open_trained(run, step)
     network, config = trained.network, trained.config
-    weights = {name: torch.from_numpy(weight) for name, weight in trained.weights.items()}
+    weights = trained.tensors
     about = {
         "network": config.network,
         "classes": str(network.classes),
@@ -142,8 +142,7 @@ def _onnx(trained: Trained, about: dict[str, str]) -> bytes:
             "`towers evaluate RUN --data SHARDS` finds and keeps it"
         )
     classifier = trained.classifier(precision="float32")
-    state = {name: torch.from_numpy(weight) for name, weight in trained.weights.items()}
-    net = module(trained.network, state | _mean(trained), trained.config.scale)
+    net = module(trained.network, trained.tensors | _mean(trained), trained.config.scale)
     file = to_onnx(net, trained.network.crop, about)
     side = trained.network.crop
     draw = torch.Generator().manual_seed(0)

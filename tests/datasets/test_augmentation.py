@@ -20,7 +20,8 @@ from datasets.augmentation import (
     train_crop,
 )
 from datasets.images import encode
-from datasets.shards import Dataset, open_dataset, write_manifest, write_split
+from datasets.layout import Dataset
+from datasets.shards import open_dataset, write_manifest, write_split
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 
 from datasets.drawn import CLASSES, SIZE, draw, write_drawn
 from datasets.images import decode
-from datasets.shards import Rows
+from datasets.rows import Rows
 from datasets.statistics import Statistics
 
 

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 from datasets import DataError
 from datasets.images import decode
-from datasets.shards import Dataset, Rows, open_dataset, write_manifest, write_split
+from datasets.layout import Dataset
+from datasets.rows import Rows
+from datasets.shards import open_dataset, write_manifest, write_split
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 CLASSES = ("cat", "dog", "fox")

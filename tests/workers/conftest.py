@@ -112,8 +112,7 @@ def longer(shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
         "augmenters": "1:1",
         "run": str(tmp_path_factory.mktemp("longer") / "run"),
     }
-    sha: str = train(configure(given))["weights_sha256"]
-    return sha
+    return train(configure(given))["weights_sha256"]
 
 
 @pytest.fixture

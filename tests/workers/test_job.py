@@ -191,8 +191,7 @@ class Way:
 
 def last(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     """The object that --json prints."""
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_towers_submit_sends_follows_and_returns_the_code(

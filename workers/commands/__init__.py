@@ -65,8 +65,7 @@ def options(parser: argparse.ArgumentParser, *names: str) -> None:
 def help_of(name: str) -> str:
     """What a field of the configuration says of itself."""
     field = {f.name: f for f in fields(Config)}[name]
-    text: str = field.metadata["help"]
-    return text
+    return field.metadata["help"]
 
 
 def _option(parser: Any, field: Field[Any]) -> None:
