@@ -20,9 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP)
 	$(BIN)/towers train --run $(RUN)
 
-# Two processes: a test of Ray leaves a third of two cores idle, as it waits for what it started.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 # Tables of figures and ratios, in bench/ as JSON and Markdown with the machine's description.
 bench: $(STAMP)

@@ -115,7 +115,19 @@ def columns(path: str, schema: Any, labelled: bool = True) -> tuple[str, str, tu
         raise DataError(
             f"{path}: no column of integer labels (ClassLabel, or called label); it has {there}"
         )
-    return image, label or "", tuple(features.get(label or "", {}).get("names") or ())
+    names = features.get(label or "", {}).get("names")
+    return image, label or "", tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def check_columns(path: str, schema: Any, image: str, label: str) -> None:
+    """Raises DataError if these columns of a file hold no images and labels; "" is no column."""
+    for name in filter(None, (image, label)):
+        if (count := schema.names.count(name)) > 1:
+            raise DataError(f"{path}: {count} columns are called {name!r}; rename all but one")
+    if not _holds_images(kind := schema.field(image).type):
+        raise DataError(f"{path}: {image!r} is {kind}, no encoded images")
+    if label and not pa.types.is_integer(kind := schema.field(label).type):
+        raise DataError(f"{path}: {label!r} is {kind}, no integer")
 
 
 def numbered_classes(shards: list[Shard], label: str) -> tuple[str, ...]:
@@ -150,7 +162,8 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
 
 def _holds_images(kind: Any) -> bool:
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
+        at = kind.get_field_index("bytes")
+        kind = kind.field(at).type if at >= 0 else kind
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 

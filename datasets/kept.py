@@ -104,6 +104,7 @@ def keep(plan: Preparation, tables: dict[str, Any], before: dict[str, Any] | Non
     kept = f"{root}/{WORK}/plan.json"
     try:
         begun = _begun(fs, kept)
+        _check_free(fs, root, plan, made)
         if begun == plan.digest:
             return
         if begun and begun not in made.values():  # of which a kill at the end may have left it
@@ -123,6 +124,19 @@ def keep(plan: Preparation, tables: dict[str, Any], before: dict[str, Any] | Non
         write_whole(fs, kept, json.dumps({"digest": plan.digest}).encode())
     except OSError as error:
         raise DataError(f"{plan.url}: cannot be written: {error}; free or mend it") from None
+
+
+def _check_free(fs: Any, root: str, plan: Preparation, made: Mapping[str, str]) -> None:
+    """Raises DataError if a file that is nobody's shard lies where a shard would."""
+    if fs.exists(f"{root}/{WORK}"):  # of which they may be
+        return
+    for split in plan.shards:
+        for number in range(0 if split in made else plan.shards[split]):
+            if fs.exists(f"{root}/{plan.name(split, number)}"):
+                raise DataError(
+                    f"{plan.url}: {plan.name(split, number)} is there, and no data set of ours has "
+                    "it; move it away or name another folder"
+                )
 
 
 def complete(plan: Preparation) -> bool:

@@ -58,6 +58,9 @@ def lay_out(
     classes = classes_of(source, names, before, split)
     codes = codes_of(source, names, classes)
     splits = splits_of(given, codes, split, options.holdout, options.seed)
+    for name in splits:
+        if not re.fullmatch(r"\w[\w-]{0,99}", name):  # it begins its files' names
+            raise DataError(f"{source.url}: a split {name!r}: letters, digits, - and _ are wanted")
     if before and split is None:
         taken = [s for s in before["splits"] if s not in splits]
         if taken:

@@ -124,6 +124,7 @@ class Rows:
         place = f"{group.shard} row {group.first + at}"
         image = group.images[at].as_py()
         path = None if group.paths is None else group.paths[at].as_py()
+        path = path if path is None else str(path)
         if not image and path:
             raise BadRow(
                 f"{place}: {self.dataset.image!r} holds a path, {path}, and no bytes; "

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datasets import DataError
-from datasets.foreign import columns, numbered_classes, split_files
+from datasets.foreign import check_columns, columns, numbered_classes, split_files
 from datasets.layout import Dataset, Shard
 from datasets.statistics import STATISTICS
 from datasets.storage import (
@@ -37,6 +37,8 @@ FORMAT = 1
 """Version of `dataset.json`."""
 
 MANIFEST = "dataset.json"
+
+LARGEST = 1 << 14  # side in pixels that images may be brought to
 
 DEEP = 4  # levels of folders below its own in which a data set's files are looked for
 WORK = ".prepare"
@@ -160,19 +162,40 @@ def read_manifest(url: str) -> dict[str, Any] | None:
     Raises DataError if it is something else.
     """
     fs, root = storage(url)
+    if not persistent(url, lambda: fs.exists(f"{root}/{MANIFEST}")):
+        return None
+    return _parsed(url, persistent(url, lambda: fs.cat_file(f"{root}/{MANIFEST}")))
+
+
+def _parsed(url: str, text: bytes) -> dict[str, Any]:
+    """The manifest that a text is. Raises DataError if it is something else."""
+    place = f"{url.rstrip('/')}/{MANIFEST}"
     try:
-        if not persistent(url, lambda: fs.exists(f"{root}/{MANIFEST}")):
-            return None
-        manifest = json.loads(persistent(url, lambda: fs.cat_file(f"{root}/{MANIFEST}")))
-        for name in ("splits", "classes", "rows", "skipped"):
-            if not isinstance(manifest, dict) or name not in manifest:
-                raise ValueError(f"no {name}")
-        if not isinstance(manifest["splits"], dict):
-            raise ValueError("no splits")
-    except ValueError as error:
+        manifest = json.loads(text)
+        if (version := manifest["format"]) != FORMAT:
+            raise DataError(f"{place}: format {version!r}; this version reads {FORMAT}")
+        for name in ("splits", "rows", "skipped", "words", "prepared"):
+            if not isinstance(manifest.setdefault(name, {}), dict):
+                raise TypeError(f"{name} is no table")
+        for name in ("rows", "skipped"):
+            _numbers(manifest[name].values())
+        names, words, size = manifest["classes"], manifest["words"], manifest["size"]
+        if not isinstance(names, list) or not _texts([*names, *words.values()]):
+            raise TypeError("classes and words are no names")
+        if size is not None and not 1 <= _numbers([size])[0] <= LARGEST:
+            raise ValueError(f"size is {size}")
+        if not _texts([manifest["image"], manifest["label"]]):
+            raise TypeError("image and label are no names of columns")
+        for file in chain(*manifest["splits"].values()):
+            _numbers(file["groups"])
+            if not _texts([file["file"]]):
+                raise TypeError(f"{file['file']!r} is no file's name")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{url}/{MANIFEST}: not a manifest ({error}); remove it") from error
+        raise DataError(
+            f"{place}: not a manifest ({error!r}); prepare the data set again, or remove it"
+        ) from error
     return manifest
 
 
@@ -248,9 +271,7 @@ def _foreign(root: str, files: dict[str, list[str]], labelled: bool) -> Dataset:
                 raise DataError(
                     f"{shard.path}: no column {name!r} as in {paths[0]}; it has {there}"
                 )
-            have = schema.field(name).type
-            if name == label and not pa.types.is_integer(have):
-                raise DataError(f"{shard.path}: {name!r} is {have}, no integer as in {paths[0]}")
+        check_columns(shard.path, schema, image, label if labelled else "")
     shards = {shard.path: shard for shard, _ in read}
     splits = {split: tuple(shards[path] for path in found) for split, found in files.items()}
     if labelled and not classes:
@@ -259,30 +280,18 @@ def _foreign(root: str, files: dict[str, list[str]], labelled: bool) -> Dataset:
 
 
 def _ours(root: str, text: bytes) -> Dataset:
-    try:
-        manifest = json.loads(text)
-        splits = {
-            split: tuple(Shard(f"{root}/{f['file']}", _numbers(f["groups"])) for f in files)
-            for split, files in manifest["splits"].items()
-        }
-        if manifest["size"] is not None:
-            _numbers([manifest["size"]])
-        dataset = Dataset(
-            root,
-            manifest["image"],
-            manifest["label"],
-            tuple(manifest["classes"]),
-            manifest["size"],
-            splits,
-        )
-        version = manifest["format"]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{root}/{MANIFEST}: not a manifest ({error!r}); prepare the data set again"
-        ) from error
-    if version != FORMAT:
-        raise DataError(f"{root}/{MANIFEST}: format {version}; this version reads {FORMAT}")
-    return dataset
+    manifest = _parsed(root, text)
+    splits = {
+        split: tuple(Shard(f"{root}/{f['file']}", tuple(f["groups"])) for f in files)
+        for split, files in manifest["splits"].items()
+    }
+    names = ("image", "label", "classes", "size")
+    image, label, classes, size = (manifest[name] for name in names)
+    return Dataset(root, image, label, tuple(classes), size, splits)
+
+
+def _texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
@@ -304,6 +313,7 @@ def check_footer(dataset: Dataset, shard: Shard, found: Shard, schema: Any) -> N
             raise DataError(
                 f"{shard.path}: no column {name!r} as by {MANIFEST}; prepare the data set again"
             )
+    check_columns(shard.path, schema, dataset.image, dataset.label)
     if found.groups != shard.groups:
         raise DataError(
             f"{shard.path}: {found.rows} rows in {len(found.groups)} row groups, "

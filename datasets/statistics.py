@@ -71,6 +71,11 @@ class Statistics:
         try:
             with np.load(io.BytesIO(fs.cat_file(path))) as file:
                 arrays = {f.name: file[f.name] for f in fields(Statistics)}
+            side = len(arrays["mean_image"])
+            shapes = ((side, side, 3), (3,), (3, 3), (3,), (3, 3), ())
+            for (name, array), shape in zip(arrays.items(), shapes, strict=True):
+                if array.shape != shape:
+                    raise ValueError(f"{name} is {array.shape}, {shape} is wanted")
         except FileNotFoundError:
             raise DataError(f"{url}: no such file; prepare the data set again") from None
         except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file

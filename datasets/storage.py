@@ -58,10 +58,17 @@ def existing(url: str) -> tuple[Any, str]:
     except Exception as error:
         if refused(error):
             raise _unreadable(url, error) from error
-        if isinstance(error, OSError) and error.errno == errno.ELOOP:
-            raise DataError(f"{url}: a link that leads to itself") from error
+        _check_name(url, error)
         raise
     return fs, path
+
+
+def _check_name(url: str, error: BaseException) -> None:
+    """Raises DataError if `error` is for a name that no file can have."""
+    if isinstance(error, OSError) and error.errno == errno.ELOOP:
+        raise DataError(f"{url}: a link that leads to itself") from error
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        raise DataError(f"{url}: a name that is too long") from error
 
 
 def inside(fs: Any, path: str) -> list[dict[str, Any]]:
@@ -283,11 +290,12 @@ def opened(url: str, mode: str = "rb", **options: Any) -> Iterator[Any]:
         binary = fs.open(path, "rb", **options)
         with io.TextIOWrapper(binary, "utf-8-sig", newline="") if mode == "r" else binary as file:
             yield file
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{url}: no such file") from None
     except IsADirectoryError:
         raise DataError(f"{url}: a folder; name a file") from None
     except Exception as error:
+        _check_name(url, error)
         if refused(error):
             raise _unreadable(url, error) from None
         raise

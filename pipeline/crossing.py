@@ -18,24 +18,24 @@ from torch import Tensor
 from pipeline.convolution import gradients
 from pipeline.products import wide
 from pipeline.tracing import Trace, clock
-from pipeline.waiting import LIMIT, all_reduce, settle, watch
+from pipeline.waiting import TIMEOUT, all_reduce, settle, watch
 
 
 class Pair:
     """The two towers of one replica and stage: this one, `tower` (0 or 1), and the other.
 
     `bytes_sent` and `waited` (seconds that this rank stood still for the other) add up over its
-    life; on a GPU `waited` is the host's time only. Waiting longer than `limit` seconds raises
+    life; on a GPU `waited` is the host's time only. Waiting longer than `timeout` seconds raises
     `waiting.Stuck`, which names `where`: the layer at work, as the layers themselves set it.
     """
 
-    def __init__(self, group: dist.ProcessGroup, limit: float = LIMIT) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: float = TIMEOUT) -> None:
         if group.size() != 2:
             raise ValueError(f"a pair is 2 towers, this group has {group.size()} ranks")
-        watch(group, limit)
+        watch(group, timeout)
         self.group = group
         self.tower = group.rank()
-        self.limit, self.where = limit, "the first layer"
+        self.timeout, self.where = timeout, "the first layer"
         self.trace = Trace()
         self.bytes_sent = 0
         self.waited = 0.0
@@ -54,7 +54,7 @@ class Pair:
 
     def _reduce(self, x: Tensor, op: Any) -> Tensor:
         start = clock()
-        all_reduce(x, self.group, self.where, self.limit, op)
+        all_reduce(x, self.group, self.where, self.timeout, op)
         self.waited += clock() - start
         self.trace.add("exchange", self.where, start)
         self.trace.add("wait", self.where, start)
@@ -82,7 +82,7 @@ class Swap:
     def wait(self) -> Tensor:
         start = clock()
         for work in self._works:
-            settle(work, self._pair.group, self._where, self._pair.limit)
+            settle(work, self._pair.group, self._where, self._pair.timeout)
         self._pair.waited += clock() - start
         self._pair.trace.add("exchange", self._where, self._start)
         self._pair.trace.add("wait", self._where, start)

@@ -61,7 +61,7 @@ class Mesh:
         sizes = (self.replicas, self.stages, self.towers)
         return init_device_mesh(device, sizes, mesh_dim_names=("replica", "stage", "tower"))
 
-    def line(self, groups: DeviceMesh | None, limit: float) -> Line | None:
+    def line(self, groups: DeviceMesh | None, timeout: float) -> Line | None:
         """The stages that this rank exchanges with; None if there is one stage. A collective."""
         if groups is None or self.stages == 1:
             return None
@@ -74,7 +74,7 @@ class Mesh:
         lines = ranks.transpose(1, 2).reshape(-1, self.stages).tolist()
         up = dist.new_subgroups_by_enumeration(lines)[0]
         assert up
-        return Line(groups.get_group("stage"), up, limit)
+        return Line(groups.get_group("stage"), up, timeout)
 
     def __str__(self) -> str:
         return f"{self.replicas}x{self.stages}x{self.towers}"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pipeline import network
+from pipeline.learning_rate import Schedule
 from pipeline.network import Network
-from pipeline.rates import Schedule
 
 
 def setting(default: Any, text: str, allowed: tuple[Any, ...] | None = None) -> Any:
@@ -91,6 +91,8 @@ class Recipe:
             raise ValueError(f"drops is {list(self.drops)}: only schedule 'steps' has drops")
         if self.pad and not self.crops:
             raise ValueError(f"pad is {self.pad}: it has no effect without crops")
+        if self.pad >= self.image:
+            raise ValueError(f"pad is {self.pad}: less than the image's {self.image} pixels")
         crop = self.build(1000).crop
         if self.image < crop:
             raise ValueError(f"image is {self.image}: at least the crop of {crop} pixels")

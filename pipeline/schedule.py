@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.tracing import Trace, clock
-from pipeline.waiting import LIMIT, all_reduce, settle, watch
+from pipeline.waiting import TIMEOUT, all_reduce, settle, watch
 
 Kind = Literal["1f1b", "gpipe"]
 Action = tuple[Literal["forward", "backward"], int]
@@ -43,11 +43,11 @@ class Line:
     """
 
     def __init__(
-        self, down: dist.ProcessGroup, up: dist.ProcessGroup, limit: float = LIMIT
+        self, down: dist.ProcessGroup, up: dist.ProcessGroup, timeout: float = TIMEOUT
     ) -> None:
         for group in (down, up):
-            watch(group, limit)
-        self.down, self.up, self.limit = down, up, limit
+            watch(group, timeout)
+        self.down, self.up, self.timeout = down, up, timeout
         self.stage, self.stages = down.rank(), down.size()
         self.waited, self.bytes_sent = 0.0, 0
         self.trace = Trace()
@@ -72,12 +72,12 @@ class Line:
     def finish(self) -> None:
         """Waits until all that was sent is gone, so that the memory may be used again."""
         for work, group, _ in self._sent:
-            settle(work, group, f"stage {self.stage}, sending", self.limit)
+            settle(work, group, f"stage {self.stage}, sending", self.timeout)
         self._sent.clear()
 
     def sum_(self, x: Tensor, what: str) -> Tensor:
         """All-reduce in place over the stages."""
-        return all_reduce(x, self.down, what, self.limit)
+        return all_reduce(x, self.down, what, self.timeout)
 
     def _send(self, x: Tensor, group: dist.ProcessGroup, to: int) -> None:
         flat = _channels_last(x).contiguous()
@@ -93,7 +93,7 @@ class Line:
         x = torch.empty(shape, dtype=like.dtype, device=like.device)
         work = dist.irecv(x, group=group, group_src=source)
         what = "activations" if group is self.down else "gradients"
-        settle(work, group, f"stage {self.stage}, {what} of stage {source}", self.limit)
+        settle(work, group, f"stage {self.stage}, {what} of stage {source}", self.timeout)
         self.waited += clock() - start
         self.trace.add("wait", what, start)
         return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
@@ -111,9 +111,9 @@ class Reducer:
     """
 
     def __init__(
-        self, weights: dict[str, torch.nn.Parameter], group: dist.ProcessGroup, limit: float
+        self, weights: dict[str, torch.nn.Parameter], group: dist.ProcessGroup, timeout: float
     ) -> None:
-        self.group, self.limit = group, limit
+        self.group, self.timeout = group, timeout
         self._names = [name for name in reversed(weights) if weights[name].requires_grad]
         self._order = [weights[name] for name in self._names]
         self._armed = False
@@ -134,7 +134,7 @@ class Reducer:
             self._ready.add(p)
         self._start()
         for name, work in zip(self._names, self._works, strict=True):
-            settle(work, self.group, f"{name} over replicas", self.limit)
+            settle(work, self.group, f"{name} over replicas", self.timeout)
         self._works.clear()
         self._ready.clear()
         self._armed = False

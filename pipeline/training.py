@@ -18,7 +18,7 @@ from pipeline.optimizer import SGD
 from pipeline.schedule import Kind, Line, Reducer, order
 from pipeline.tower import Dropout, Tower
 from pipeline.tracing import Trace, clock
-from pipeline.waiting import LIMIT, all_reduce, watch
+from pipeline.waiting import TIMEOUT, all_reduce, watch
 
 
 class NotANumber(RuntimeError):
@@ -95,7 +95,7 @@ class Trainer:
     them. Gradients are those of the mean loss over the global batch, whatever its micro-batches,
     stages (`line`) and replicas. Only the first stage needs crops, only the last labels; all need
     to know how many images there are and their places. `schedule` orders a stage's micro-batches;
-    `limit`: seconds that it waits for another rank.
+    `timeout`: seconds that it waits for another rank.
     """
 
     def __init__(
@@ -111,21 +111,21 @@ class Trainer:
         line: Line | None = None,
         microbatches: int = 1,
         schedule: Kind = "1f1b",
-        limit: float = LIMIT,
+        timeout: float = TIMEOUT,
     ) -> None:
         self.tower, self.optimizer, self.pair = tower, optimizer, pair
         self.replicas = replicas if replicas and replicas.size() > 1 else None
         if self.replicas:
-            watch(self.replicas, limit)
+            watch(self.replicas, timeout)
         self.seed, self.scale, self.microbatches = seed, scale, microbatches
         self.line, self.schedule = line, schedule
         self.stage, self.stages = (line.stage, line.stages) if line else (0, 1)
         self.first, self.last = self.stage == 0, self.stage == self.stages - 1
-        self.limit, self.trace = limit, Trace()
+        self.timeout, self.trace = timeout, Trace()
         for peer in (pair, line):
             if peer:
                 peer.trace = self.trace
-        self.reducer = Reducer(tower.weights(), self.replicas, limit) if self.replicas else None
+        self.reducer = Reducer(tower.weights(), self.replicas, timeout) if self.replicas else None
         self.device = next(tower.parameters()).device
         peers = pair or line or self.replicas  # whose answers would be awaited in the middle
         alone = self.device.type == "cuda" and not peers and tower.learns
@@ -268,7 +268,7 @@ class Trainer:
 
     def _over_replicas(self, x: Tensor) -> Tensor:
         if self.replicas:
-            all_reduce(x, self.replicas, "the totals over replicas", self.limit)
+            all_reduce(x, self.replicas, "the totals over replicas", self.timeout)
         return x
 
     def _summed(self, sums: Tensor) -> Tensor:

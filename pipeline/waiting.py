@@ -8,41 +8,41 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-LIMIT = 300.0
+TIMEOUT = 300.0
 """Seconds that a rank waits for another, if nothing else is said."""
 
 
 class Stuck(RuntimeError):
-    """Another rank did not answer within the limit; the message says who waited, and where."""
+    """Another rank did not answer in time; the message says who waited, and where."""
 
 
-def watch(group: dist.ProcessGroup, limit: float) -> None:
+def watch(group: dist.ProcessGroup, timeout: float) -> None:
     """Has NCCL end the process of a rank that waits longer in this group; nothing without NCCL."""
     if _of_gpus(group):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=limit), group)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
 
 
 def all_reduce(
     x: Tensor,
     group: dist.ProcessGroup,
     where: str,
-    limit: float,
+    timeout: float,
     op: Any = dist.ReduceOp.SUM,
 ) -> Tensor:
     """All-reduce in place. Raises Stuck as `settle` does."""
-    settle(dist.all_reduce(x, op, group=group, async_op=True), group, where, limit)
+    settle(dist.all_reduce(x, op, group=group, async_op=True), group, where, timeout)
     return x
 
 
-def settle(work: Any, group: dist.ProcessGroup, where: str, limit: float) -> None:
-    """Waits for an operation of a group. Raises Stuck, naming the ranks and `where`, after `limit`
-    seconds. On a GPU the host goes on at once, and NCCL's own watchdog has the limit (`watch`).
+def settle(work: Any, group: dist.ProcessGroup, where: str, timeout: float) -> None:
+    """Waits for an operation of a group. Raises Stuck, naming the ranks and `where`, after so many
+    seconds. On a GPU the host goes on at once, and NCCL's own watchdog has the timeout (`watch`).
     """
     if _of_gpus(group):
         work.wait()  # with a time to wait it would be the host that stands still
         return
     try:
-        done = work.wait(timedelta(seconds=limit))
+        done = work.wait(timedelta(seconds=timeout))
     except RuntimeError as error:
         if "timed out" not in str(error).lower():
             raise
@@ -50,7 +50,7 @@ def settle(work: Any, group: dist.ProcessGroup, where: str, limit: float) -> Non
     if done is False:
         me = dist.get_rank()
         others = [str(rank) for rank in dist.get_process_group_ranks(group) if rank != me]
-        raise Stuck(f"rank {me} waited {limit:g} s for rank {' or '.join(others)} at {where}")
+        raise Stuck(f"rank {me} waited {timeout:g} s for rank {' or '.join(others)} at {where}")
 
 
 def _of_gpus(group: dist.ProcessGroup) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,6 +60,20 @@ def fitting(
     Raises ValueError, naming file and parameter with both shapes, if they are not the network's or
     not finite.
     """
+    network = shaped(file, found, build)
+    for name, weight in found.items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{file}: {name} has values that are no finite numbers")
+    names = [f"{layer.name}.{kind}" for layer in network.layers for kind in ("weight", "bias")]
+    return network, {name: found[name].float() for name in names}
+
+
+def shaped(file: str, found: Mapping[str, Tensor], build: Callable[[int], Network]) -> Network:
+    """The network that `build` makes for as many classes as the weights `found` in a file tell
+    apart.
+
+    Raises ValueError, naming file and parameter with both shapes, if they are not the network's.
+    """
     last = f"{build(1000).layers[-1].name}.bias"
     if last not in found:
         raise ValueError(f"{file}: {last} is missing; there are {', '.join(sorted(found)[:20])}")
@@ -74,12 +88,10 @@ def fitting(
             have = tuple(found[name].shape) if name in found else None
             if have != want:
                 raise ValueError(f"{file}: {name} is {have}, {network.name} wants {want}")
-            if not found[name].isfinite().all():
-                raise ValueError(f"{file}: {name} has values that are no finite numbers")
-    names = [f"{layer.name}.{kind}" for layer in network.layers for kind in ("weight", "bias")]
-    if extra := sorted(set(found) - set(names)):
+    names = {f"{layer.name}.{kind}" for layer in network.layers for kind in ("weight", "bias")}
+    if extra := sorted(set(found) - names):
         raise ValueError(f"{file}: {extra[0]} is none of {network.name}'s parameters")
-    return network, {name: found[name].float() for name in names}
+    return network
 
 
 def read_about(file: str) -> dict[str, Any]:
@@ -123,7 +135,10 @@ def _read(file: str) -> dict[str, Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
             if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
                 raise ValueError("it holds no dictionary of tensors")
-            return state
+            for name, weight in state.items():
+                if weight.is_meta or weight.layout != torch.strided or weight.is_complex():
+                    raise ValueError(f"{name} is no plain tensor of real numbers")
+            return {name: weight.float() for name, weight in state.items()}
         if file.endswith(".npz"):
             with np.load(file, allow_pickle=False) as arrays:
                 return _caffe({name: arrays[name] for name in arrays.files})

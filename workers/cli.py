@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
     from workers.errors import RunFailed
 
     try:
+        _check_empty(args)
         result: int = args.run_command(args)
         with suppress(OSError):  # whoever read our output has seen enough, or is gone
             sys.stdout.flush()
@@ -46,6 +47,9 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
     except RunFailed as error:
         print(f"towers: {error}", file=sys.stderr)
         return 1
+    except OverflowError as error:
+        print(f"towers: a number is too large ({error})", file=sys.stderr)
+        return 2
     except Exception as error:
         from datasets.storage import passing, refused, said
 
@@ -61,6 +65,18 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
     except KeyboardInterrupt:
         print(f"towers: interrupted{args.again and f'; {args.again}'}", file=sys.stderr)
         return 1
+
+
+EMPTY = ("again", "arguments", "address", "cuts", "freeze", "init")
+"""Arguments that may be empty: a job's own, and what is to be off though a file sets it."""
+
+
+def _check_empty(args: argparse.Namespace) -> None:
+    """Raises UserError for an argument of nothing, which would else be as if it were not there."""
+    for name, value in vars(args).items():
+        if name not in EMPTY and (value == "" or (isinstance(value, list) and "" in value)):
+            flag = name.replace("_", "-")
+            raise UserError(f"{flag} is given, and empty; is a variable of the shell not set?")
 
 
 def _closed() -> bool:

@@ -65,6 +65,8 @@ class Config(Recipe):
                 self._at_least(name, 1)
         self._at_least("keep", 1)
         self._at_least("timeout", 1)
+        if self.timeout > 30 * 86400:
+            raise ValueError(f"timeout is {self.timeout}: 30 days at most")
         self._at_least("restarts", 0)
         self._at_least("cache", 0)
         self._at_least("seed", 0)
@@ -87,8 +89,8 @@ class Config(Recipe):
         if not (low.isdecimal() and (high or low).isdecimal()):
             raise ValueError(f"augmenters is {self.augmenters!r}: MIN:MAX, such as 1:8")
         sizes = int(low), int(high or low)
-        if not 1 <= sizes[0] <= sizes[1]:
-            raise ValueError(f"augmenters is {self.augmenters!r}: 1 <= MIN <= MAX")
+        if not 1 <= sizes[0] <= sizes[1] <= 100_000:
+            raise ValueError(f"augmenters is {self.augmenters!r}: 1 <= MIN <= MAX <= 100000")
         return sizes
 
     def to_toml(self) -> str:
@@ -130,7 +132,7 @@ def configure(given: dict[str, Any], file: str | None = None, *, goes_on: bool =
         # Twice as many as stages keep most of them busy, if the batch divides.
         batch = chosen.get("batch", recipe.get("batch", Config.batch))
         each = batch // max(1, chosen.get("replicas", 1))
-        fitting = (m for m in range(2 * chosen["stages"], 0, -1) if each % m == 0)
+        fitting = (m for m in range(min(2 * chosen["stages"], each), 0, -1) if each % m == 0)
         chosen["microbatches"] = next(fitting, 1)
     chosen["run"] = locate(chosen.get("run") or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     for name in ("shards", "init"):
@@ -139,7 +141,8 @@ def configure(given: dict[str, Any], file: str | None = None, *, goes_on: bool =
     try:
         return Config(**{**recipe, **chosen})
     except ValueError as error:
-        raise UserError(str(error)) from None
+        where = f"{file}: " if file and set(given) <= {"run"} else ""
+        raise UserError(f"{where}{error}") from None
 
 
 def locate(place: str) -> str:

@@ -100,7 +100,12 @@ def kept_classes(run: str) -> Classes | None:
         return None
     try:
         found: dict[str, Any] = json.loads(fs.cat_file(f"{path}/{CLASSES}"))
-        return Classes(tuple(found["classes"]), dict(found["words"]))
+        names, words = found["classes"], dict(found["words"])
+        if not isinstance(names, list) or not all(
+            isinstance(name, str) for name in (*names, *words.values())
+        ):
+            raise TypeError("classes and words are no names")
+        return Classes(tuple(names), words)
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{run}/{CLASSES}: not readable ({error!r}); remove it") from None
 

@@ -25,6 +25,10 @@ from workers.trained import Trained
 EVALUATION = "evaluation.json"
 EXAMPLES = 8  # images from all over the split, and as many of the worst mistakes
 THUMBNAIL = 128  # pixels
+FIGURES: tuple[tuple[str, Any], ...] = (
+    *(("split", str), ("crops", int), ("images", int)),
+    *((name, (int, float)) for name in ("loss", "top1_error", "top5_error")),
+)
 DETAILS = ("classes", "confusion", "examples", "mistakes")
 
 
@@ -78,10 +82,23 @@ def read_evaluation(run: str) -> dict[str, Any] | None:
         kept: dict[str, Any] = dict(json.loads(fs.cat_file(f"{path}/{EVALUATION}")))
     except (ValueError, TypeError):
         kept = {}
-    if not all(isinstance(kept.get(name), list) for name in DETAILS):
-        again = "`towers evaluate` writes it anew"
-        raise DataError(f"{run}/{EVALUATION}: no evaluation, or damaged; {again}")
+    average = kept.get("average", {"runs": [], "weights": [], **kept})
+    if not (
+        all(isinstance(kept.get(name), list) for name in DETAILS)
+        and isinstance(average, dict)
+        and all(isinstance(average.get(name), list) for name in ("runs", "weights"))
+        and all(isinstance(one, dict) and "run" in one for one in average["runs"])
+        and type(kept.get("step")) is int
+        and all(isinstance(of.get(n), kind) for of in (kept, average) for n, kind in FIGURES)
+    ):
+        raise damaged(run)
     return kept
+
+
+def damaged(run: str) -> DataError:
+    """What to raise for an evaluation that is none."""
+    again = "`towers evaluate` writes it anew"
+    return DataError(f"{run}/{EVALUATION}: no evaluation, or damaged; {again}")
 
 
 def details(

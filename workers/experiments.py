@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -60,6 +61,7 @@ def claims(
     for what, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{what} is {value}: more than 0")
+    configure({"network": "cifar", "precision": scale.precision})
     used = scale
     if scale.data:  # before anything is made or started
         dataset = open_dataset(scale.data)
@@ -70,7 +72,7 @@ def claims(
     trained = [claim for name, claim in CLAIMS.items() if name in chosen]
     lines = [_counted_line(count()) for count in counted]
     runs: dict[str, list[History]] = {}
-    _keep(folder, scale)
+    before = _keep(folder, scale)
     if trained:
         with connected():
             lab = _Lab(folder, scale, seeds, parallel, progress)
@@ -81,9 +83,11 @@ def claims(
                         claim, *lab.measured(claim, runs), _on(used, claim, runs, lab.failures)
                     )
                 )
+    found = {**before, **{line["claim"]: line for line in lines}}
+    lines = [found[name] for name in (*COUNTS, *CLAIMS) if name in found]
     result = {"run": folder, **asdict(scale), "seeds": seeds, "claims": lines}
     fs, path = storage(folder)
-    curves = {arm: [(told.steps, told.curve) for told in found] for arm, found in runs.items()}
+    curves = {arm: [(told.steps, told.curve) for told in ended] for arm, ended in runs.items()}
     for name, text in (
         (RESULT, json.dumps(result, indent=1) + "\n"),
         (TABLE, markdown(lines)),
@@ -93,8 +97,10 @@ def claims(
     return {**result, "table": f"{folder}/{TABLE}", "report": f"{folder}/{REPORT}"}
 
 
-def _keep(folder: str, scale: Scale) -> None:
-    """Notes what the runs in a folder are of. Raises UserError if they are of something else."""
+def _keep(folder: str, scale: Scale) -> dict[str, dict[str, Any]]:
+    """Notes what the runs in a folder are of; returns what was found of them before, by claim.
+    Raises UserError if they are of something else.
+    """
     fs, path = storage(folder)
     text = json.dumps(asdict(scale)) + "\n"
     with writing(folder):
@@ -102,9 +108,13 @@ def _keep(folder: str, scale: Scale) -> None:
             before = fs.cat_file(f"{path}/{SETTINGS}").decode()
             if before != text:
                 raise UserError(f"{folder} holds runs of {before.strip()}: name another folder")
-            return
+            with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
+                lines = json.loads(fs.cat_file(f"{path}/{RESULT}"))["claims"]
+                return {line["claim"]: line for line in lines}
+            return {}
         fs.makedirs(path, exist_ok=True)
         write_whole(fs, f"{path}/{SETTINGS}", text.encode())
+    return {}
 
 
 class _Lab:

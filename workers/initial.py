@@ -129,6 +129,8 @@ def _of_file(source: str, config: Config) -> Initial:
         except ValueError as error:
             raise ValueError(f"{error}{_hint(recipe, config)}") from None
     names = about.get("names")
+    if not isinstance(names, list) or list(map(type, names)) != [str] * network.classes:
+        names = None  # of somebody's own
     classes = Classes(tuple(names), {}) if names else None
     return Initial(source, network, weights, classes, recipe)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -17,12 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from datasets import DataError
 from datasets.augmentation import evaluation_views
 from datasets.images import Pixels, decode
 from datasets.layout import Dataset
 from datasets.rows import Rows
 from datasets.shards import open_dataset
-from datasets.storage import matching, opened, remove, storage, write_whole
+from datasets.storage import matching, parquet, remove, storage, write_whole
 from workers.cluster import connected
 from workers.config import UserError
 from workers.data import training_data
@@ -71,22 +73,35 @@ def neighbours(
     files = [file for place in images for file in image_files(place)]
     size, crop = network.shape
     if output:
-        check_output(output, ".png")
-    classifier, features = network.classifier(), []
+        check_output(output, ".png", files)
+    classifier, features, shown_files = network.classifier(), [], []
     for first in range(0, len(files), BATCH):
-        some = (read_image(file, size) for file in files[first : first + BATCH])
-        views = np.stack([evaluation_views(one, crop, 1)[0] for one in some])
-        features.append(classifier.features(torch.from_numpy(views)))
+        views = []
+        for file in files[first : first + BATCH]:
+            try:
+                views.append(evaluation_views(read_image(file, size), crop, 1)[0])
+            except DataError as error:
+                if on_error == "fail":
+                    raise
+                progress.say(f"skipped: {error}")
+            else:
+                shown_files.append(file)
+        if views:
+            features.append(classifier.features(torch.from_numpy(np.stack(views))))
+    if not features:
+        raise UserError("no image is left to look for")
     wanted = torch.cat(features)
     index = f"{run}/{INDEX}"
     about = _about(network, dataset, split, on_error)
+    kept = _kept(index)
     # Where no image was skipped, all are there for who would skip some.
-    fresh = _kept(index) in (about, {**about, "on_error": "fail"})
+    fresh = kept is not None and kept.get("of") in (about, {**about, "on_error": "fail"})
     small = dataset.rows(split) * wanted.shape[1] * 4 <= SMALL or only_here(index)
     with connected(unless=only_here(dataset.root) or (fresh and small)):
         if not fresh:
-            _build(index, about, network, dataset, split, on_error, workers, progress)
-        found = _search(index, wanted, k, workers, here=small)
+            kept = _build(index, about, network, dataset, split, on_error, workers, progress)
+        assert kept
+        found = _search(index, kept, wanted, k, workers, here=small)
     assert network.classes
     shown = [
         {
@@ -102,7 +117,7 @@ def neighbours(
                 for distance, row, label in nearest
             ],
         }
-        for file, nearest in zip(files, found, strict=True)
+        for file, nearest in zip(shown_files, found, strict=True)
     ]
     if output:
         write_output(output, _sheet(shown, dataset, split, size))
@@ -128,7 +143,7 @@ def _kept(index: str) -> dict[str, Any] | None:
     fs, path = storage(index)
     try:
         return dict(json.loads(fs.cat_file(f"{path}/{ABOUT}")))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return None
 
 
@@ -141,25 +156,28 @@ def _build(
     on_error: OnError,
     workers: int | None,
     progress: Progress,
-) -> None:
-    """Writes the features of all rows, a file for each range of rows.
+) -> dict[str, Any]:
+    """Writes the features of all rows, a file for each range of rows, into a folder of this build's
+    own; returns what the index then says of itself.
 
     Raises UserError if the run cannot be written.
     """
+    folder = uuid.uuid4().hex
     fs, path = storage(index)
     with writing(index):
         if fs.exists(path):
             with suppress(FileNotFoundError):  # first: what is left may be half of it
                 fs.rm_file(f"{path}/{ABOUT}")
             remove(fs, path)
-        fs.makedirs(path, exist_ok=True)
+        fs.makedirs(f"{path}/{folder}", exist_ok=True)
     check_output(f"{index}/{ABOUT}")
     here = only_here(dataset.root, index)
     gpus = usable_gpus(dataset, [network])
     work = Work(dataset, split, 1, on_error, (network,), None, here, gpus)
-    for _ in sweep(partial(_index, index), work, "indexed", workers, progress):
-        pass
-    write_whole(fs, f"{path}/{ABOUT}", json.dumps(about).encode())
+    parts = sweep(partial(_index, f"{index}/{folder}"), work, "indexed", workers, progress)
+    kept = {"of": about, "folder": folder, "rows": sum(len(part.rows) for part in parts)}
+    write_whole(fs, f"{path}/{ABOUT}", json.dumps(kept).encode())
+    return kept
 
 
 def _index(index: str, work: Work, batches: list[NDArray[np.int64]]) -> Iterator[Part]:
@@ -186,23 +204,39 @@ def _index(index: str, work: Work, batches: list[NDArray[np.int64]]) -> Iterator
 
 
 def _search(
-    index: str, features: Tensor, k: int, workers: int | None, *, here: bool
+    index: str,
+    kept: dict[str, Any],
+    features: Tensor,
+    k: int,
+    workers: int | None,
+    *,
+    here: bool,
 ) -> list[list[tuple[float, int, int]]]:
-    """Distance, row and label of the k rows nearest to each of the features [n, units]."""
-    fs, path = storage(index)
+    """Distance, row and label of the k rows nearest to each of the features [n, units].
+
+    Raises UserError if the index is not whole, as where another process makes it anew.
+    """
+    fs, path = storage(f"{index}/{kept['folder']}")
     files = [str(fs.unstrip_protocol(file)) for file in matching(fs, path, "*.parquet")]
     found: list[list[tuple[float, int, int]]] = [[] for _ in features]
-    for _, part in spread(_nearest, (features.numpy(), k), files, workers=workers, here=here):
+    rows, shared = 0, (features.numpy(), k)
+    for _, (count, part) in spread(_nearest, shared, files, workers=workers, here=here):
+        rows += count
         found = [sorted(own + more)[:k] for own, more in zip(found, part, strict=True)]
+    if rows != kept["rows"]:
+        raise UserError(
+            f"{index}: {rows} of {kept['rows']} rows are there; if no other `towers neighbours` "
+            "makes it anew right now, remove it"
+        )
     return found
 
 
 def _nearest(
     shared: tuple[NDArray[np.float32], int], file: str
-) -> Iterator[list[list[tuple[float, int, int]]]]:
+) -> Iterator[tuple[int, list[list[tuple[float, int, int]]]]]:
     wanted, k = shared
-    with opened(file) as source:
-        table = pq.read_table(source)
+    with parquet(file) as source:
+        table = source.read()
     flat = table["features"].combine_chunks().flatten().to_numpy()
     rows, labels = (table[name].to_numpy() for name in ("row", "label"))
     # Not by products, whose rounding hides how near the nearest are.
@@ -212,10 +246,11 @@ def _nearest(
         compute_mode="donot_use_mm_for_euclid_dist",
     ).numpy()
     order = np.argsort(distances, axis=1, kind="stable")[:, :k]
-    yield [
+    nearest = [
         [(float(d[n]), int(rows[n]), int(labels[n])) for n in places]
         for d, places in zip(distances, order, strict=True)
     ]
+    yield len(rows), nearest
 
 
 def _font(size: int) -> Any:

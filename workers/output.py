@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -14,12 +14,22 @@ from datasets.storage import storage, whole, write_whole
 from workers.config import UserError
 
 
-def check_output(url: str, ending: str = "") -> None:
-    """Raises UserError if no file can be written to a path or URL, or its name has another ending:
-    before the work, not after.
+def same(one: str, other: str) -> bool:
+    """Whether two paths or URLs lead to one place."""
+    (fs, path), (fs2, path2) = storage(one), storage(other)
+    if isinstance(fs, LocalFileSystem) and isinstance(fs2, LocalFileSystem):
+        return os.path.realpath(path) == os.path.realpath(path2)
+    return type(fs) is type(fs2) and path == path2
+
+
+def check_output(url: str, ending: str = "", reads: Iterable[str] = ()) -> None:
+    """Raises UserError if no file can be written to a path or URL, its name has another ending, or
+    it is among what the command `reads`: before the work, not after.
     """
     if not url.lower().endswith(ending):
         raise UserError(f"{url}: a name that ends in {ending} is wanted")
+    if any(same(url, file) for file in reads):
+        raise UserError(f"{url} is read by this command; name another file to write")
     fs, path = _target(url)
     with writing(url):
         if fs.isdir(path):

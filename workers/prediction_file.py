@@ -71,7 +71,7 @@ def predict_rows(
     views, network = checked_views(crops), open_known(run, step)
     dataset = open_dataset(data, labelled=False)
     split = pick_split(dataset, split)
-    check_output(output, ".parquet")
+    check_output(output, ".parquet", [shard.path for shard in dataset.shards(split)])
     assert network.classes
     here = only_here(dataset.root)
     with connected(unless=here):

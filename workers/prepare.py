@@ -16,6 +16,8 @@ from datasets.shards import read_manifest
 from datasets.sources import Source, find_source, scan
 from datasets.storage import storage
 from workers.cluster import connected
+from workers.config import UserError
+from workers.output import same
 from workers.progress import Progress
 from workers.spread import only_here, spread
 
@@ -45,6 +47,8 @@ def prepare(
     UserError for a cluster without room.
     """
     options, progress = options or Options(), progress or Progress()
+    if same(source, shards):
+        raise UserError(f"{shards} is where the images are; name another folder for the shards")
     found = find_source(source)
     words = read_words(synsets or "") if synsets else _words(source)
     told = read_labels(labels, list(words)) if labels else None

@@ -19,9 +19,9 @@ from datasets.storage import storage
 from pipeline import checkpoint
 from workers.charts import Axis, Curve, Point, chart, colour
 from workers.config import UserError
-from workers.evaluation_file import read_evaluation
-from workers.kernels import colourfulness, grid
-from workers.output import write_output
+from workers.evaluation_file import EVALUATION, damaged, read_evaluation
+from workers.first_layer import colourfulness, grid
+from workers.output import check_output, write_output
 from workers.page import page
 from workers.run import (
     CONFIG,
@@ -86,12 +86,19 @@ def report(runs: Sequence[str], output: str = "") -> dict[str, Any]:
     Raises UserError if one is no run or the page cannot be written, DataError if a file of a run
     is damaged.
     """
+    if output:
+        names = (CONFIG, METRICS, EVENTS, EVALUATION)
+        check_output(output, reads=[f"{run}/{name}" for run in runs for name in names])
     told = [_read(run, name) for run, name in zip(runs, _names(runs), strict=True)]
     parts = [f"<h1>{html.escape(' and '.join(one.name for one in told))}</h1>", _legend(told)]
     parts += [_result(told), f'<div class="charts">{_charts(told)}</div>']
     for one in told:
         parts.append(f"<h2>{html.escape(one.name)}</h2>")
-        parts += [_events(one), _kernels(one.run), _evaluation(one)]
+        parts += [_events(one), _kernels(one.run)]
+        try:
+            parts.append(_evaluation(one))
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise damaged(one.run) from None
         parts.append(f"<h3>Configuration</h3><pre>{html.escape(one.config)}</pre>")
     file = output or f"{runs[0]}/{REPORT}"
     write_output(file, page("".join(parts)).encode())
@@ -102,7 +109,7 @@ def _read(run: str, name: str) -> Told:
     if not is_run(run):
         raise UserError(f"{run}: no run there")
     fs, path = storage(run)
-    config = fs.cat_file(f"{path}/{CONFIG}").decode()
+    config = fs.cat_file(f"{path}/{CONFIG}").decode(errors="replace")
     metrics, events = (read_lines(run, file) for file in (METRICS, EVENTS))
     return Told(run, name, config, metrics, events, read_evaluation(run))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -20,7 +21,7 @@ from datasets import DataError
 from datasets.storage import matching, passing, persistent, remove, said, storage, write_whole
 from pipeline.mesh import Mesh
 from pipeline.tracing import Span, chrome
-from workers.config import Config, UserError, read
+from workers.config import Config, UserError, configure, read
 from workers.errors import RunFailed
 from workers.output import writing
 from workers.timeline import picture
@@ -28,6 +29,11 @@ from workers.timeline import picture
 COMPLETE = ".metadata"  # `torch.distributed.checkpoint` writes it last
 STEP = f"step-{8 * '[0-9]'}"  # a checkpoint's folder
 CONFIG, METRICS, EVENTS = "config.toml", "metrics.jsonl", "events.jsonl"
+NEEDED: dict[str, dict[str, Any]] = {  # in each line
+    METRICS: {"time": (int, float), "split": str, "step": int}
+    | dict.fromkeys(("loss", "top1_error", "top5_error"), (int, float)),
+    EVENTS: {"time": (int, float), "event": str},
+}
 SCALE = "augmenters"  # the size of the fleet that was asked for
 
 
@@ -44,7 +50,10 @@ class RunFolder:
         self.fs, self.path = storage(self.url)
         self.remote = "://" in self.url
         self.asked = bool(resume)
-        self.new = not self.fs.exists(f"{self.path}/{CONFIG}")
+        with writing(self.url):
+            self.new = not self.fs.exists(f"{self.path}/{CONFIG}")
+            if self.new and not self.remote:
+                _check_place(self.path)
         if not self.new and resume is False:
             raise self._taken()
         if self.new and resume:
@@ -163,13 +172,15 @@ class RunFolder:
             raise RunFailed(f"{self.local}/{name} cannot be written: {why}") from None
 
     def wanted_augmenters(self) -> str:
-        """What `towers scale` asked for last, as MIN:MAX; "" if it did not, or nobody can tell now:
-        it is asked again.
+        """What `towers scale` asked for last, as MIN:MAX; "" if it did not, if that is something
+        else, or nobody can tell now: it is asked again.
         """
         try:
-            return read_scale(self.url)
+            wanted = read_scale(self.url)
+            _ = replace(self.config, augmenters=wanted or self.config.augmenters)
+            return wanted
         except Exception as error:
-            if not passing(error):
+            if not (passing(error) or isinstance(error, ValueError)):
                 raise
             return ""
 
@@ -257,6 +268,21 @@ def _end_line(path: str) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
+def _check_place(path: str) -> None:
+    """Raises OSError if no folder can be made there: before the work, not after."""
+    while True:
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            path = os.path.dirname(path)
+        else:
+            break
+    if not os.path.isdir(path):
+        raise NotADirectoryError(errno.ENOTDIR, f"{path} is no folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"no right to write to {path}")
+
+
 def is_run(url: str) -> bool:
     """Whether a run has begun in this folder or URL."""
     fs, path = storage(url)
@@ -273,11 +299,18 @@ def read_lines(run: str, name: str) -> list[dict[str, Any]]:
         return []
     whole = fs.cat_file(f"{path}/{name}").rpartition(b"\n")[0]  # a run may be writing
     found = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, text in enumerate(whole.splitlines(), 1):
         try:
-            found.append(dict(json.loads(line)))
+            line = dict(json.loads(text))
+            for key, kinds in NEEDED[name].items():
+                if not isinstance(line.get(key), kinds):
+                    raise TypeError
         except (ValueError, TypeError):
-            raise DataError(f"{run}/{name} line {number}: no JSON; remove the line") from None
+            wanted = ", ".join(NEEDED[name])
+            raise DataError(
+                f"{run}/{name} line {number}: no JSON with {wanted}; remove the line"
+            ) from None
+        found.append(line)
     return found
 
 
@@ -301,7 +334,7 @@ def write_scale(run: str, augmenters: str) -> bool:
         if not ended:
             write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
         else:
-            config = Config(**{**read(f"{run}/{CONFIG}"), "augmenters": augmenters})
+            config = configure({"augmenters": augmenters}, f"{run}/{CONFIG}", goes_on=True)
             write_whole(fs, f"{path}/{CONFIG}", config.to_toml().encode())
     return not ended and ("://" in run or occupied(run))
 
@@ -311,10 +344,9 @@ def read_scale(run: str) -> str:
     fs, path = storage(run)
     fs.invalidate_cache()
     try:
-        text: str = fs.cat_file(f"{path}/{SCALE}").decode().strip()
+        return fs.cat_file(f"{path}/{SCALE}").decode(errors="replace").strip()
     except FileNotFoundError:
         return ""
-    return text
 
 
 def check_visible(run: str) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
@@ -264,7 +264,13 @@ def _kept(folder: str) -> Search:
         values = json.loads(fs.cat_file(f"{path}/{SEARCH}"))
         values["space"] = {n: Domain(**_tuples(d)) for n, d in values["space"].items()}
         values["fixed"] = _tuples(values["fixed"])
-        return Search(**{f.name: values[f.name] for f in fields(Search)})
+        found = Search(**{f.name: values[f.name] for f in fields(Search)})
+        if type(found.trials) is not int or found.algorithm not in get_args(Algorithm):
+            raise ValueError(f"{found.trials} trials by {found.algorithm}")
+        for name, domain in found.space.items():
+            for value in domain.ends:
+                found.config({name: value}, folder)
+        return found
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder}/{SEARCH}: damaged ({error}); search anew elsewhere") from None
 

@@ -124,7 +124,7 @@ class TowerActor:
             line=self.line,
             microbatches=config.microbatches,
             schedule=config.pipeline,  # type: ignore[arg-type]
-            limit=config.timeout,
+            timeout=config.timeout,
         )
         self.progress: dict[str, Any] = {"step": 0, "evaluations": []}
         if resume:

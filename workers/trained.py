@@ -14,9 +14,10 @@ from pipeline import checkpoint
 from pipeline.evaluation import Classifier
 from pipeline.network import Network
 from pipeline.training import NotANumber
+from pipeline.weights import shaped
 from workers.config import Config, UserError, bare, configure
-from workers.data import Classes, classes_of, kept_classes, known_statistics, training_data
-from workers.run import METRICS, checkpoint_url, checkpoints, is_run, read_lines
+from workers.data import CLASSES, Classes, classes_of, kept_classes, known_statistics, training_data
+from workers.run import CONFIG, METRICS, checkpoint_url, checkpoints, is_run, read_lines
 
 
 class _OfRun(Classifier):
@@ -109,14 +110,20 @@ def open_trained(run: str, step: Step = None) -> Trained:
     """
     run = bare(run)
     step = pick_step(run, step)
-    config = configure({}, f"{run}/config.toml")
+    config, place = configure({}, f"{run}/{CONFIG}"), checkpoint_url(run, step)
     try:
-        weights = checkpoint.load_weights(checkpoint_url(run, step))
-    except checkpoint.Damaged as error:
+        weights = checkpoint.load_weights(place)
+        network = shaped(place, weights, config.build)
+    except (checkpoint.Damaged, ValueError) as error:
         raise UserError(str(error)) from None
     classes, statistics = kept_classes(run), known_statistics(config.image, run)
     if not (classes and statistics) and (data := training_data(run, config)):
         classes = classes or classes_of(data)
         statistics = statistics or known_statistics(config.image, data.root)
+    if classes and len(classes.names) != network.classes:
+        raise UserError(
+            f"{run}/{CLASSES}: {len(classes.names)} classes, of the checkpoint {network.classes}; "
+            "remove it, and `towers evaluate RUN --data SHARDS` makes it anew"
+        )
     arrays = {name: weight.numpy() for name, weight in weights.items()}
     return Trained(run, step, config, arrays, classes, statistics)

@@ -135,6 +135,12 @@ def test_what_lies_there_is_not_overwritten(tmp_path: Path) -> None:
     plan(source, tmp_path / "begun")
     with pytest.raises(DataError, match="an unfinished preparation of something else lies there"):
         plan(source, tmp_path / "begun", Options(size=24))
+    (tmp_path / "own").mkdir()
+    own = tmp_path / "own/train-00000-of-00001.parquet"
+    own.write_bytes(b"precious")
+    with pytest.raises(DataError, match=f"{own.name} is there, and no data set of ours has it"):
+        prepare(source, tmp_path / "own")
+    assert own.read_bytes() == b"precious"
 
 
 def test_a_split_is_added_with_the_classes_that_are_there(tmp_path: Path) -> None:

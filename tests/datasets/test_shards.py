@@ -261,6 +261,7 @@ def test_damage_inside_a_file_is_named(tmp_path: Path) -> None:
         ({"image": [b"x"], "size": [1]}, "no column of integer labels .*; it has image: binary"),
         ({"image": [b"x"], "label": ["cat"]}, "no column of integer labels .* label: string"),
         ({"image": [b"x"], "label": pa.array([None], pa.int64())}, "'label' holds no label of 0"),
+        ({"image": [{"bytes": 1}], "label": [1]}, "no column of encoded images"),
     ],
 )
 def test_columns_that_are_missing(
@@ -277,8 +278,31 @@ def test_files_that_differ(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train-1.parquet: no column 'image' as in .*train-0"):
         open_dataset(str(tmp_path))
     parquet(tmp_path / "train-1.parquet", image=[b"x"], label=["one"])
-    with pytest.raises(DataError, match=r"train-1.parquet: 'label' is string, no integer as in"):
+    with pytest.raises(DataError, match=r"train-1.parquet: 'label' is string, no integer"):
         open_dataset(str(tmp_path))
+    parquet(tmp_path / "train-1.parquet", image=["x"], label=[1])
+    with pytest.raises(DataError, match=r"train-1.parquet: 'image' is string, no encoded images"):
+        open_dataset(str(tmp_path))
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array([b"x"]), pa.array([1]), pa.array([2])], ["image", *"yy"])
+    pq.write_table(table, tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match=r"train-0.parquet: 2 columns are called 'y'; rename all"):
+        open_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(("names", "classes"), [([4, 5], ("4", "5")), (5, "01"), ("abcd", "01")])
+def test_names_of_classes_that_are_no_texts(
+    tmp_path: Path, names: object, classes: tuple[str, ...]
+) -> None:
+    features = {"label": {"_type": "ClassLabel", "names": names}}
+    schema = pa.schema({"image": pa.binary(), "label": pa.int64()}).with_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
+    rows = pa.table({"image": [b"x", b"y"], "label": [0, 1]}, schema=schema)
+    pq.write_table(rows, tmp_path / "train-0.parquet")
+    assert open_dataset(str(tmp_path)).classes == tuple(classes)
 
 
 def test_numbers_that_are_no_classes(tmp_path: Path) -> None:
@@ -327,6 +351,12 @@ def test_manifest_and_files_that_disagree(tmp_path: Path) -> None:
         ("[]", "not a manifest"),
         (whole.replace('"size": 8', '"size": "8"'), "not a manifest"),
         (whole.replace('"groups": [', '"groups": ["x", '), "not a manifest"),
+        (whole.replace('"size": 8', '"size": -8'), "not a manifest"),
+        (whole.replace('"train": 10', '"train": "10"'), "not a manifest"),
+        (whole.replace('"label": "label"', '"label": 1'), "not a manifest"),
+        (json.dumps(json.loads(whole) | {"classes": "abc"}), "not a manifest"),
+        (json.dumps(json.loads(whole) | {"words": ["a"]}), "not a manifest"),
+        (json.dumps(json.loads(whole) | {"prepared": "x"}), "not a manifest"),
     ):
         (tmp_path / "dataset.json").write_text(text)
         with pytest.raises(DataError, match=rf"dataset.json: {message} \(.*\); prepare"):

@@ -33,7 +33,7 @@ from pipeline.optimizer import SGD
 from pipeline.schedule import Kind, Line
 from pipeline.tower import Tower
 from pipeline.training import Images, Totals, Trainer
-from pipeline.waiting import LIMIT
+from pipeline.waiting import TIMEOUT
 
 SEED = 3
 ALONE = Mesh(towers=1)
@@ -149,7 +149,7 @@ def pair_of(mesh: Mesh) -> Pair | None:
 
 @cache
 def line_of(mesh: Mesh) -> Line | None:
-    return mesh.line(devices(mesh), LIMIT)
+    return mesh.line(devices(mesh), TIMEOUT)
 
 
 def this_rank(mesh: Mesh) -> tuple[int, int]:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pipeline.learning_rate import Schedule, plateaus
 from pipeline.optimizer import SGD
-from pipeline.rates import Schedule, plateaus
 
 
 def noise(seed: int) -> Tensor:

@@ -14,7 +14,7 @@ from pipeline.network import build
 from pipeline.waiting import Stuck
 
 NETWORK = build("alexnet-mini", 10)
-LIMIT = 2.0
+TIMEOUT = 2.0
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def hang(mesh: Mesh, layer: str) -> str:
     dist.barrier()
     for peer in (trainer.pair, trainer.line, trainer, trainer.reducer):
         if peer:
-            peer.limit = LIMIT
+            peer.timeout = TIMEOUT
     if dist.get_rank() == 1:
         if layer:
             trainer.tower.blocks[layer].register_forward_pre_hook(lambda *_: time.sleep(60))

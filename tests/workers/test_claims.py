@@ -95,6 +95,7 @@ def write_run(folder: Path, lines: list[tuple[float, int, float, float]], *event
         for time, step, seconds, error in lines:
             line = {"split": "train", "time": time, "step": step, "seconds": seconds}
             line |= {"images_per_second": 1000.0, "top1_error": error}
+            line |= {"loss": 1.0, "top5_error": error}
             file.write(json.dumps(line) + "\n")
 
 
@@ -215,12 +216,17 @@ def test_counted_claims_need_no_cluster(tmp_path: Path, capsys: pytest.CaptureFi
     assert [line["value"] for line in result["claims"]] == [8, 659_272]
     assert "| 8 (3.5) | 8 | counted | supported |" in (tmp_path / "claims/claims.md").read_text()
     assert "659,272" in (tmp_path / "claims/report.html").read_text()
+    assert main(["claims", "--only", "parameters", "--run", run]) == 0  # and keeps the others
+    kept = json.loads((tmp_path / "claims/claims.json").read_text())["claims"]
+    assert [line["claim"] for line in kept] == ["parameters", "layers", "neurons"]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--only", "gelu"], "no claim 'gelu'; there are parameters, multiply-adds, "),
+        (["--only", ""], "only is given, and empty; is a variable of the shell not set?"),
+        (["--precision", "x"], "precision is 'x': one of float32, bfloat16"),
         (["--scale", "0"], "scale is 0.0: more than 0"),
         (["--seeds", "0"], "seeds is 0: more than 0"),
         (["--data", "nowhere"], "nowhere: no such file or folder"),

@@ -95,10 +95,10 @@ def test_a_run_that_has_ended_is_not_said_to_look(
     for event, said in (("start", "as soon as the run looks"), ("end", "if it is resumed")):
         with (tmp_path / "events.jsonl").open("a") as events:
             fcntl.flock(events, fcntl.LOCK_EX)  # as who trains there
-            print(json.dumps({"event": event}), file=events, flush=True)
+            print(json.dumps({"time": 1, "event": event}), file=events, flush=True)
             assert main(["scale", f"{tmp_path}", "--augmenters", "2:3"]) == 0
             assert said in capsys.readouterr().out
-    (tmp_path / "events.jsonl").write_text(json.dumps({"event": "start"}) + "\n")
+    (tmp_path / "events.jsonl").write_text(json.dumps({"time": 1, "event": "start"}) + "\n")
     assert main(["scale", f"{tmp_path}", "--augmenters", "2:3"]) == 0  # it was killed
     assert "if it is resumed" in capsys.readouterr().out
 
@@ -178,6 +178,10 @@ def parquet(tmp_path: Path) -> Path:
         (["whole.parquet", "--stages", "0"], "stages is 0: at least 1"),
         (["whole.parquet", "--cuts", "conv9"], "cuts has 'conv9': one of conv2, conv3"),
         (["whole.parquet", "--cuts", "conv3", "--stages", "3"], "stages is 3: 2 by cuts conv3"),
+        (["whole.parquet", "--run", "text.parquet"], "text.parquet is no folder"),
+        (["whole.parquet", "--run", f"runs-{'x' * 300}"], "cannot be written: File name too long"),
+        ([""], "shards is given, and empty; is a variable of the shell not set?"),
+        (["whole.parquet", "--config", ""], "config is given, and empty"),
         (["--resume"], "--resume needs --run RUN"),
         (["--resume", "--run", "nothing"], "nothing/config.toml: no such configuration file"),
         (["gs+nothing://x/y"], "gs+nothing://x/y: Protocol not known"),

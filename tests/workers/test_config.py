@@ -72,6 +72,9 @@ def test_every_field_has_a_sentence() -> None:
         ({"image": 60}, "image is 60: at least the crop of 64 pixels"),
         ({"network": "alexnet", "drops": (3.0,)}, "only schedule 'steps' has drops"),
         ({"pad": 4, "crops": False}, "pad is 4: it has no effect without crops"),
+        ({"pad": 72}, "pad is 72: less than the image's 72 pixels"),
+        ({"augmenters": "1:99999999"}, "1 <= MIN <= MAX <= 100000"),
+        ({"timeout": 1e300}, "timeout is 1e+300: 30 days at most"),
         ({"on_error": "ignore"}, "on_error is 'ignore': one of fail, skip"),
     ],
 )

@@ -163,6 +163,9 @@ def mistaken(tmp_path: Path) -> Path:
         (["RUN", "--data", "broken"], "row 0: the image (8 bytes) does not decode"),
         (["RUN", "--weights", "1,2"], "weights has 2 numbers: 1, one a network"),
         (["RUN", "--weights", "x"], "weights is 'x': numbers with commas"),
+        (["FEWER"], "fewer/classes.json: 2 classes, of the checkpoint 10; remove it, and"),
+        (["UNNAMED"], "unnamed/classes.json: not readable"),
+        (["CHANGED"], "conv1.weight is (32, 3, 11, 11), alexnet wants (96, 3, 11, 11)"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(
@@ -174,6 +177,15 @@ def test_a_mistake_is_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(mistaken)
+    damage = {
+        "FEWER": ("classes.json", '{"classes": ["a", "b"], "words": {}}'),
+        "UNNAMED": ("classes.json", '{"classes": [0, 1], "words": {}}'),
+        "CHANGED": ("config.toml", 'network = "alexnet"'),
+    }
+    if options[0] in damage:
+        name, text = damage[options[0]]
+        options = [shutil.copytree(run, options[0].lower())]
+        Path(options[0], name).write_text(text)
     assert main(["evaluate", *(run if o == "RUN" else o for o in options)]) == 2
     error = capsys.readouterr().err
     assert message in error

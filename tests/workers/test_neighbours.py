@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from datasets import DataError
 from datasets.augmentation import centre_crop
 from datasets.drawn import CLASSES, write_drawn
 from datasets.images import decode
@@ -104,3 +106,40 @@ def test_the_index_is_kept_until_checkpoint_or_rows_are_others(
     assert written(step=3, split="val") != kept
     with pytest.raises(UserError, match="k is 0: at least 1"):
         neighbours(run, [image], k=0)
+
+
+def test_an_index_that_another_makes_anew_is_not_taken_for_ones_own(
+    run: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = f"{tmp_path}/a.png"
+    Image.new("RGB", (80, 60), "red").save(image)
+    search = module._search
+
+    def disturbed(*given: Any, **more: Any) -> Any:
+        monkeypatch.setattr(module, "_search", search)
+        neighbours(run, [image], data=near, split="val")
+        return search(*given, **more)
+
+    monkeypatch.setattr(module, "_search", disturbed)
+    with pytest.raises(UserError, match="neighbours: 0 of 150 rows are there; if no other"):
+        neighbours(run, [image], data=near)
+    (index,) = Path(run, "neighbours").glob("*/*.parquet")
+    index.write_bytes(b"damaged")
+    with pytest.raises(DataError, match=f"{index.name}: not readable as Parquet"):
+        neighbours(run, [image], data=near, split="val")
+
+
+def test_an_image_that_is_bad_is_skipped_and_none_overwritten(
+    run: str, near: str, tmp_path: Path
+) -> None:
+    image, bad = f"{tmp_path}/a.png", f"{tmp_path}/b.png"
+    Image.new("RGB", (80, 60), "red").save(image)
+    Path(bad).write_bytes(b"x")
+    found = neighbours(run, [bad, image], data=near, on_error="skip")
+    assert [one["image"] for one in found["images"]] == [image]
+    with pytest.raises(DataError, match=r"b\.png: the image"):
+        neighbours(run, [bad, image], data=near)
+    with pytest.raises(UserError, match="no image is left"):
+        neighbours(run, [bad], data=near, on_error="skip")
+    with pytest.raises(UserError, match=r"a\.png is read by this command"):
+        neighbours(run, [image], data=near, output=image)

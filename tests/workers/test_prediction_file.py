@@ -155,6 +155,7 @@ def test_shards_need_no_label_column(trained: Path, tmp_path: Path) -> None:
         (["--data", "DATA"], "--data needs --output FILE.parquet"),
         (["a.jpg", "--output", "x"], "--output has no effect without --data"),
         (["--data", "DATA", "--output", "no/x.parquet"], "no/x.parquet cannot be written: No such"),
+        (["--data", "DATA", "--output", "SHARD"], "is read by this command; name another file"),
         (["--data", "DATA", "--output", "x"], "x: a name that ends in .parquet is wanted"),
         (
             ["--data", "DATA", "--output", "x.parquet", "--split", "val"],
@@ -174,7 +175,9 @@ def test_a_mistake_is_one_line_exit_2_and_no_file(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = [unlabelled if option == "DATA" else option for option in options]
+    (shard,) = open_dataset(unlabelled, labelled=False).shards("test")
+    known = {"DATA": unlabelled, "SHARD": shard.path}
+    given = [known.get(option, option) for option in options]
     assert main(["predict", str(trained / "run"), *given]) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -165,8 +165,9 @@ def test_what_was_prepared_is_valid_until_it_is_damaged(
         (["SOURCE", "out", "--quality", "101"], "quality is 101: 1 to 100"),
         (["SOURCE", "out", "--workers", "0"], "workers is 0: at least 1"),
         (["SOURCE", "out", "--labels", "none.txt"], "none.txt: no such file"),
-        (["SOURCE", "SOURCE"], "cannot be written"),
+        (["SOURCE", "SOURCE"], "is where the images are; name another folder"),
         (["gs+nothing://x", "out"], "Protocol not known"),
+        (["SOURCE", "out", "--split", "../up"], "a split '../up': letters, digits, - and _ are"),
         (["abfs://container/x", "out"], "abfs://container/x: Install adlfs to access"),
     ],
 )

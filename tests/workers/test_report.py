@@ -15,7 +15,7 @@ from PIL import Image
 
 from workers.cli import main
 from workers.evaluation_file import read_evaluation
-from workers.kernels import colourfulness
+from workers.first_layer import colourfulness
 
 
 @pytest.fixture
@@ -91,7 +91,21 @@ def test_colour_is_measured() -> None:
         ("", "", "nosuch://x/page.html", "nosuch://x/page.html: Protocol not known: nosuch"),
         ("evaluation.json", '{"classes": [', "x", "run/evaluation.json: no evaluation, or damaged"),
         ("evaluation.json", '{"classes": 1}', "x", "`towers evaluate` writes it anew"),
-        ("events.jsonl", "{}x\n", "x", "run/events.jsonl line 1: no JSON; remove the line"),
+        (
+            "evaluation.json",
+            '{"classes": [], "confusion": [], "examples": [], "mistakes": []}',
+            "x",
+            "no",
+        ),
+        ("events.jsonl", "{}x\n", "x", "events.jsonl line 1: no JSON with time, event; remove the"),
+        ("events.jsonl", "[]\n", "x", "run/events.jsonl line 1: no JSON with time, event"),
+        (
+            "metrics.jsonl",
+            '{"time": 1, "step": 2}\n',
+            "x",
+            "line 1: no JSON with time, split, step",
+        ),
+        ("", "", "run/config.toml", "run/config.toml is read by this command; name another file"),
         ("config.toml", None, "x", "run: no run there"),
     ],
 )

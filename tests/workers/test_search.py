@@ -123,7 +123,9 @@ def test_runs_are_compared_from_the_seeds_that_both_ended_from(tmp_path: Path) -
     ):
         run = tmp_path / f"confirm/{name}-seed{seed}"
         run.mkdir(parents=True)
-        (run / EVENTS).write_text(json.dumps({"event": "end", "top1_error": error}) + "\n")
+        (run / EVENTS).write_text(
+            json.dumps({"time": 1, "event": "end", "top1_error": error}) + "\n"
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("workers.confirm.run_all", lambda *args, **named: {})  # they fail
         found = confirm(lambda *_: configure({}), f"{tmp_path}", "a", 4, 2, Progress())

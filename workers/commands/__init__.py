@@ -85,7 +85,10 @@ def _option(parser: Any, field: Field[Any]) -> None:
 
 
 def _floats(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(",") if part)
+    try:
+        return tuple(float(part) for part in text.split(",") if part)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers with commas between them") from None
 
 
 def workers(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +119,8 @@ def step(parser: argparse.ArgumentParser) -> None:
 
 
 def _number_or_best(text: str) -> int | str:
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of steps, or best")
     return text if text == "best" else int(text)
 
 
