@@ -253,6 +253,7 @@ def build(
     columns: int = 2,
     crossings: str = "all",
     norm: Mapping[str, float] | None = None,
+    init_std: float | None = None,
     init_scale: float = 1.0,
 ) -> Network:
     """The network `name` for so many classes, with the variants of the paper's comparisons.
@@ -260,8 +261,9 @@ def build(
     `activation` relu or tanh (3.1), `lrn` False without normalisation (3.3), `pooling` "2/2"
     without overlap (3.4), `dropout` another rate where the table drops, `columns` 1 the half-size
     column of 3.2, `crossings` "last" with none before the last layer (source, run 150), `norm`
-    other fields of `Norm` where it runs over maps, `init_scale` a factor on the deviations of
-    initial weights. Raises ValueError naming option, value and what is allowed.
+    other fields of `Norm` where it runs over maps, `init_std` the deviation of all initial weights
+    (paper, 5: 0.01), `init_scale` a factor on deviations. Raises ValueError naming option, value
+    and what is allowed.
     """
     if name not in NETWORKS:
         raise ValueError(f"network is {name!r}: one of {', '.join(NETWORKS)}")
@@ -278,8 +280,9 @@ def build(
         raise ValueError(f"crossings is {crossings!r}: all or last")
     if crossings == "last" and columns == 1:
         raise ValueError("crossings is 'last': one column has nothing to cross")
-    if not init_scale > 0:
-        raise ValueError(f"init_scale is {init_scale}: more than 0")
+    for name, value in (("init_std", init_std), ("init_scale", init_scale)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value}: more than 0")
     norm = dict(norm or {})
     _check_norm(norm, lrn)
     size, stride = map(int, pooling.split("/"))
@@ -288,7 +291,7 @@ def build(
         if layer.activation:
             layer = replace(layer, activation=activation)  # type: ignore[arg-type]
         norms = (n if n.spatial else replace(n, **norm) for n in layer.norms if lrn)  # type: ignore[arg-type]
-        layer = replace(layer, norms=tuple(norms), std=layer.std * init_scale)
+        layer = replace(layer, norms=tuple(norms), std=(init_std or layer.std) * init_scale)
         if crossings == "last" and layer.name != network.layers[-1].name:
             layer = replace(layer, crosses=False)
         if layer.pool:

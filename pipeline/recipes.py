@@ -37,7 +37,10 @@ class Recipe:
     lrn_k: float | None = setting(None, "LRN's k; as in the table if unset.")
     lrn_alpha: float | None = setting(None, "LRN's alpha; as in the table if unset.")
     lrn_beta: float | None = setting(None, "LRN's beta; as in the table if unset.")
-    init_scale: float = setting(1.0, "Factor on the deviations of the table's initial weights.")
+    init_std: float | None = setting(
+        None, "Deviation of all initial weights, the paper's is 0.01; as in the table if unset."
+    )
+    init_scale: float = setting(1.0, "Factor on the deviations of initial weights.")
 
     image: int = setting(256, "Side in pixels that images are brought to before cropping.")
     scale: float = setting(1.0, "Factor on pixels (0 to 255) once the mean is taken off.")
@@ -117,6 +120,7 @@ class Recipe:
                 for name in ("size", "k", "alpha", "beta")
                 if (value := getattr(self, f"lrn_{name}")) is not None
             },
+            init_std=self.init_std,
             init_scale=self.init_scale,
         )
 

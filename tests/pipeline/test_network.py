@@ -126,6 +126,8 @@ def test_weights_start_wider_by_a_factor() -> None:
     for name, p in narrow.items():
         factor = 2 if name.endswith(".weight") else 1
         torch.testing.assert_close(wide[name], p * factor)
+    alike = build("cifar", 10, init_std=0.01, init_scale=2.0)
+    assert [layer.std for layer in alike.layers] == [0.02] * 4
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -190,6 +192,7 @@ def test_of_an_odd_number_the_first_tower_has_one_more() -> None:
         ({"norm": {"alpha": -1.0}}, r"lrn_alpha is -1\.0: at least 0"),
         ({"norm": {"beta": float("nan")}}, "lrn_beta is nan: at least 0"),
         ({"norm": {"beta": 1.0}, "lrn": False}, r"lrn_beta is 1\.0: it has no effect without lrn"),
+        ({"init_std": 0.0}, r"init_std is 0\.0: more than 0"),
         ({"init_scale": 0.0}, r"init_scale is 0\.0: more than 0"),
         ({"classes": 1}, "1 classes: at least 2"),
     ],
