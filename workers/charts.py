@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from statistics import fmean
@@ -99,6 +99,11 @@ def chart(
             if band:
                 drawn.append(f'<polygon points="{_places(band)}" fill="{colour(curve.run)}"/>')
             drawn.append(f'<polyline points="{_places(line)}" stroke="{colour(curve.run)}"/>')
+    return figure(title, height, drawn)
+
+
+def figure(title: str, height: float, drawn: Iterable[str]) -> str:
+    """A picture of these parts, `WIDTH` wide, below its title."""
     return (
         f'<figure><b>{title}</b><br><svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
         f'role="img" aria-label="{title}">{"".join(drawn)}</svg></figure>'
@@ -162,7 +167,7 @@ def _across(ticks: Sequence[float], sign: str) -> Iterator[str]:
         y = TOP + PLOT * (1 - tick / ticks[-1])
         label = f"{tick:,.{digits}f}" if digits <= 5 else f"{tick:.0e}"
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield _text(LEFT - 6, y + 4, label + sign, "end")
+        yield text(LEFT - 6, y + 4, label + sign, "end")
 
 
 def _below(axis: Axis, x: Callable[[float], float]) -> Iterator[str]:
@@ -172,27 +177,28 @@ def _below(axis: Axis, x: Callable[[float], float]) -> Iterator[str]:
         counts = round_ticks(axis.end or 1.0)
         unit, size, ticks = axis.unit, 1, [count for count in counts if count <= axis.end]
     low = TOP + PLOT + ROW
-    yield _text(LEFT - 14, low + 2, unit, "end")
+    yield text(LEFT - 14, low + 2, unit, "end")
     for tick in ticks:
         yield (
             f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" '
             f'y1="{TOP + PLOT}" y2="{TOP + PLOT + 4}"/>'
         )
-        yield _text(x(tick), low + 2, f"{tick / size:g}")
+        yield text(x(tick), low + 2, f"{tick / size:g}")
     for run, steps in enumerate(axis.steps):
         style = f' style="fill:{colour(run)}"' if len(axis.steps) > 1 else ""
         times = [seconds for seconds, _ in steps]
-        yield _text(LEFT - 14, low + 2 + ROW * (run + 1), "step", "end", style)
+        yield text(LEFT - 14, low + 2 + ROW * (run + 1), "step", "end", style)
         for tick in ticks:
             passed = bisect_right(times, tick)
             step = steps[passed - 1][1] if passed else 0
             if passed < len(times) or times[-1:] == [tick]:  # it was training then
-                yield _text(x(tick), low + 2 + ROW * (run + 1), f"{step:,}", "middle", style)
+                yield text(x(tick), low + 2 + ROW * (run + 1), f"{step:,}", "middle", style)
 
 
 def _places(line: Sequence[Place]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
 
 
-def _text(x: float, y: float, text: str, anchor: str = "middle", style: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>{text}</text>'
+def text(x: float, y: float, said: str, anchor: str = "middle", style: str = "") -> str:
+    """Words at a place."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>{said}</text>'

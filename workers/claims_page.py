@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from workers.charts import Axis, Curve, Point, chart, colour, round_ticks
+from workers.charts import WIDTH, Axis, Curve, Point, chart, colour, figure, round_ticks, text
 from workers.claims import CLAIMS, Claim, Finding
 from workers.page import page
 
 HEADS = ("claim", "paper", "ours", "on", "verdict")
 FIGURE1 = ("relu", "tanh")
-WIDTH, LEFT, ROW = 470, 130, 22  # of a figure of dots, in pixels
+LEFT, ROW = 130, 22  # of a figure of dots, in pixels
 
 RULE = (
     "The figure of a trained claim is the difference, or with x the ratio, of its two arms' means "
@@ -115,13 +115,10 @@ def _dots(line: dict[str, Any]) -> str:
         drawn.append(
             f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="0" y2="{low}"/>'
         )
-        drawn.append(
-            f'<text x="{x(tick):.1f}" y="{low + 14}" text-anchor="middle">{tick:g}'
-            f"{'%' if percent else ''}</text>"
-        )
+        drawn.append(text(x(tick), low + 14, f"{tick:g}{'%' if percent else ''}"))
     for row, (name, values) in enumerate(arms.items()):
         y = ROW * (row + 0.5)
-        drawn.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{name}</text>')
+        drawn.append(text(LEFT - 8, y + 4, name, "end"))
         mean = x(scale * fmean(values))
         drawn.append(
             f'<line x1="{mean:.1f}" x2="{mean:.1f}" y1="{y - 8}" y2="{y + 8}" '
@@ -133,7 +130,4 @@ def _dots(line: dict[str, Any]) -> str:
             for v in values
         ]
     title = f"{line['claim']}: {MEASURES.get(measure, 'Top-1 error')}"
-    return (
-        f'<figure><b>{title}</b><br><svg viewBox="0 0 {WIDTH} {low + 20}" width="{WIDTH}" '
-        f'role="img" aria-label="{title}">{"".join(drawn)}</svg></figure>'
-    )
+    return figure(title, low + 20, drawn)

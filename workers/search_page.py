@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from workers.charts import text
 from workers.page import page
 from workers.space import Domain, Space
 
@@ -55,10 +56,10 @@ def search_page(
 
 def lower(confirmed: dict[str, Any]) -> str:
     """By how much the best recipe's error is lower from other seeds, for a person."""
-    text = f"{100 * confirmed['lower']:.1f} points"
+    points = f"{100 * confirmed['lower']:.1f} points"
     if "at_least" not in confirmed:
-        return text
-    return f"{text} ({100 * confirmed['at_least']:.1f} to {100 * confirmed['at_most']:.1f})"
+        return points
+    return f"{points} ({100 * confirmed['at_least']:.1f} to {100 * confirmed['at_most']:.1f})"
 
 
 def coordinates(
@@ -120,13 +121,11 @@ def _axis(x: float, name: str, domain: Domain, *, error: bool, row: int) -> str:
     parts = [
         f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{TOP + PLOT}"/>',
         # Names in two rows, or long ones run into each other.
-        f'<text x="{x:.1f}" y="{TOP + PLOT + 16 + 14 * row}" text-anchor="middle">'
-        f"{'top-1 error' if error else name}</text>",
+        text(x, TOP + PLOT + 16 + 14 * row, "top-1 error" if error else name),
     ]
     for value in domain.choices or _marks(domain):
         y = TOP + PLOT * (1 - _place(domain, value)) + 4
-        text = f"{value:.1%}" if error else _shown(value)
-        parts.append(f'<text x="{x - 5:.1f}" y="{y:.1f}" text-anchor="end">{text}</text>')
+        parts.append(text(x - 5, y, f"{value:.1%}" if error else _shown(value), "end"))
     return "".join(parts)
 
 
