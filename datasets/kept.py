@@ -19,7 +19,7 @@ from datasets.fetch import Entry, entries_of
 from datasets.layout import Dataset
 from datasets.shards import WORK, read_manifest
 from datasets.statistics import Sums
-from datasets.storage import parquet, persistent, remove, storage, writable, write_whole
+from datasets.storage import matching, parquet, persistent, remove, storage, writable, write_whole
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,14 @@ def _check_free(fs: Any, root: str, plan: Preparation, made: Mapping[str, str]) 
     """Raises DataError if a file that is nobody's shard lies where a shard would."""
     if fs.exists(f"{root}/{WORK}"):  # of which they may be
         return
-    for split in plan.shards:
-        for number in range(0 if split in made else plan.shards[split]):
-            if fs.exists(f"{root}/{plan.name(split, number)}"):
-                raise DataError(
-                    f"{plan.url}: {plan.name(split, number)} is there, and no data set of ours has "
-                    "it; move it away or name another folder"
-                )
+    there = {path.rpartition("/")[2] for path in matching(fs, root, "*.parquet")}
+    new = (split for split in plan.shards if split not in made)
+    wanted = (plan.name(split, n) for split in new for n in range(plan.shards[split]))
+    if taken := next((name for name in wanted if name in there), ""):
+        raise DataError(
+            f"{plan.url}: {taken} is there, and no data set of ours has it; move it away or name "
+            "another folder"
+        )
 
 
 def complete(plan: Preparation) -> bool:

@@ -36,12 +36,16 @@ PLAIN = {"crops": False, "mirror": False, "colour": 0.0}
 # The paper's four layers and nothing that regularises, at one rate throughout.
 BARE = {**PLAIN, "lrn": False, "decay": 0.0, "schedule": "steps", "drops": (), "warmup": 0}
 RATES = (0.01, 0.03, 0.1)
+# One column, pixels as they are, and all weights drawn alike, as the paper has them (2, 5).
+AS_THEN = {**CIFAR, **BARE, "columns": 1, "scale": 1.0, "init_std": 0.01}
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("relu", {**CIFAR, **BARE}, 40, RATES, to_goal=True),
-        Arm("tanh", {**CIFAR, **BARE, "activation": "tanh"}, 40, RATES, to_goal=True),
+        Arm("relu", AS_THEN, 100, (0.0003, 0.001, 0.003), to_goal=True),
+        Arm("tanh", {**AS_THEN, "activation": "tanh"}, 100, (0.001, 0.003, 0.01), to_goal=True),
+        Arm("relu-scaled", {**CIFAR, **BARE}, 40, RATES, to_goal=True),
+        Arm("tanh-scaled", {**CIFAR, **BARE, "activation": "tanh"}, 40, RATES, to_goal=True),
         Arm("dropout", {"network": "alexnet-mini"}),
         Arm("no-dropout", {"network": "alexnet-mini", "dropout": 0.0}),
         Arm("base", CIFAR),
@@ -98,6 +102,13 @@ CLAIMS = {
             *("relu", "tanh", "iterations"),
             ratio=True,
             factor=6.0,
+        ),
+        Claim(
+            "relu-scaled",
+            "So it does where pixels and weights are scaled for tanh to begin unsaturated",
+            "not stated",
+            *("relu-scaled", "tanh-scaled", "iterations"),
+            ratio=True,
         ),
         Claim(
             "lrn",

@@ -185,22 +185,25 @@ def _index(index: str, work: Work, batches: list[NDArray[np.int64]]) -> Iterator
     (network,) = work.networks
     classifier = network.classifier(work.device)
     loader = work.loader(network.shape)
-    parts, tables = [], []
+    tables, skipped, faults = [], 0, []
     for numbers in batches:
         batch = loader.load(numbers, 0, False)
-        parts.append(Part(batch.rows, batch.skipped, batch.faults))
+        skipped += batch.skipped
+        faults += batch.faults
         if not len(batch.rows):
             continue
         features = classifier.features(torch.from_numpy(batch.crops)).numpy()
         flat = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1])
         columns = {"row": batch.rows, "label": batch.labels, "features": flat}
         tables.append(pa.table(columns))
+    rows = np.empty(0, np.int64)
     if tables:
+        rows = np.concatenate([table["row"].to_numpy() for table in tables])
         buffer = io.BytesIO()
         pq.write_table(pa.concat_tables(tables), buffer, compression="zstd")
         fs, path = storage(index)
         write_whole(fs, f"{path}/rows-{batches[0][0]:012d}.parquet", buffer.getvalue())
-    yield from parts  # once the file is there
+    yield Part(rows, skipped, faults)  # in one, once the file is there: none is made of half of it
 
 
 def _search(

@@ -71,7 +71,9 @@ def predict_rows(
     views, network = checked_views(crops), open_known(run, step)
     dataset = open_dataset(data, labelled=False)
     split = pick_split(dataset, split)
-    check_output(output, ".parquet", [shard.path for shard in dataset.shards(split)])
+    check_output(
+        output, ".parquet", [shard.path for shards in dataset.splits.values() for shard in shards]
+    )
     assert network.classes
     here = only_here(dataset.root)
     with connected(unless=here):

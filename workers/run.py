@@ -50,9 +50,9 @@ class RunFolder:
         self.fs, self.path = storage(self.url)
         self.remote = "://" in self.url
         self.asked = bool(resume)
-        with writing(self.url):
-            self.new = not self.fs.exists(f"{self.path}/{CONFIG}")
-            if self.new and not self.remote:
+        self.new = not self.fs.exists(f"{self.path}/{CONFIG}")
+        if self.new and not self.remote:
+            with writing(self.url):
                 _check_place(self.path)
         if not self.new and resume is False:
             raise self._taken()
@@ -177,7 +177,8 @@ class RunFolder:
         """
         try:
             wanted = read_scale(self.url)
-            _ = replace(self.config, augmenters=wanted or self.config.augmenters)
+            if wanted and wanted != self.config.augmenters:
+                _ = replace(self.config, augmenters=wanted)
             return wanted
         except Exception as error:
             if not (passing(error) or isinstance(error, ValueError)):
@@ -302,11 +303,11 @@ def read_lines(run: str, name: str) -> list[dict[str, Any]]:
     for number, text in enumerate(whole.splitlines(), 1):
         try:
             line = dict(json.loads(text))
-            for key, kinds in NEEDED[name].items():
+            for key, kinds in NEEDED.get(name, {}).items():
                 if not isinstance(line.get(key), kinds):
                     raise TypeError
         except (ValueError, TypeError):
-            wanted = ", ".join(NEEDED[name])
+            wanted = ", ".join(NEEDED.get(name, ()))
             raise DataError(
                 f"{run}/{name} line {number}: no JSON with {wanted}; remove the line"
             ) from None

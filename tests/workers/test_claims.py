@@ -123,13 +123,13 @@ def test_the_goal_is_reached_by_the_mean_of_a_whole_window(tmp_path: Path) -> No
 
 
 def test_the_rate_is_taken_that_came_to_the_goal_first_or_else_nearest(tmp_path: Path) -> None:
-    arm = ARMS["relu"]
+    arm = ARMS["relu-scaled"]
     assert arm.rates == (0.01, 0.03, 0.1)
 
     def best(*errors: list[float]) -> float | None:
         for rate, each in zip(arm.rates, errors, strict=True):
             lines = [(10.0 * n, 10 * n, 3.0, error) for n, error in enumerate(each, 1)]
-            write_run(tmp_path / f"runs/relu-rate{rate:g}-seed0", lines, END)
+            write_run(tmp_path / f"runs/relu-scaled-rate{rate:g}-seed0", lines, END)
         return _Lab(f"{tmp_path}", Scale(), 3, None, Progress())._best_rate(arm)
 
     slow, quick, near, far = [0.5, 0.5, 0.2], [0.5, 0.2, 0.2], [0.5, 0.4, 0.3], [0.5, 0.5, 0.4]
