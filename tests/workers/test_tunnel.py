@@ -20,7 +20,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SSHD = "/usr/sbin/sshd"
 PROGRAM = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background is without
 from workers.tunnel import tunnel
 with tunnel(sys.argv[1]) as address:
     print(address, flush=True)
