@@ -42,8 +42,8 @@ AS_THEN = {**CIFAR, **BARE, "columns": 1, "scale": 1.0, "init_std": 0.01}
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("relu", AS_THEN, 100, (0.0003, 0.001, 0.003), to_goal=True),
-        Arm("tanh", {**AS_THEN, "activation": "tanh"}, 100, (0.001, 0.003, 0.01), to_goal=True),
+        Arm("relu", AS_THEN, 100, (0.001, 0.003, 0.01), to_goal=True),
+        Arm("tanh", {**AS_THEN, "activation": "tanh"}, 100, (0.01, 0.03, 0.1), to_goal=True),
         Arm("relu-scaled", {**CIFAR, **BARE}, 40, RATES, to_goal=True),
         Arm("tanh-scaled", {**CIFAR, **BARE, "activation": "tanh"}, 40, RATES, to_goal=True),
         Arm("dropout", {"network": "alexnet-mini"}),
@@ -105,7 +105,7 @@ CLAIMS = {
         ),
         Claim(
             "relu-scaled",
-            "So it does where pixels and weights are scaled for tanh to begin unsaturated",
+            "ReLU is there first too if pixels and weights are scaled so that tanh can follow",
             "not stated",
             *("relu-scaled", "tanh-scaled", "iterations"),
             ratio=True,
