@@ -104,7 +104,6 @@ def keep(plan: Preparation, tables: dict[str, Any], before: dict[str, Any] | Non
     kept = f"{root}/{WORK}/plan.json"
     try:
         begun = _begun(fs, kept)
-        _check_free(fs, root, plan, made)
         if begun == plan.digest:
             return
         if begun and begun not in made.values():  # of which a kill at the end may have left it
@@ -114,6 +113,8 @@ def keep(plan: Preparation, tables: dict[str, Any], before: dict[str, Any] | Non
             )
         if fs.exists(f"{root}/{WORK}"):  # of which nothing says whose it is
             remove(fs, f"{root}/{WORK}")
+        else:  # or they may be of that
+            _check_free(fs, root, plan, made)
         fs.makedirs(f"{root}/{WORK}", exist_ok=True)
         for split, table in tables.items():
             path = f"{root}/{WORK}/{split}.parquet"
@@ -128,8 +129,6 @@ def keep(plan: Preparation, tables: dict[str, Any], before: dict[str, Any] | Non
 
 def _check_free(fs: Any, root: str, plan: Preparation, made: Mapping[str, str]) -> None:
     """Raises DataError if a file that is nobody's shard lies where a shard would."""
-    if fs.exists(f"{root}/{WORK}"):  # of which they may be
-        return
     there = {path.rpartition("/")[2] for path in matching(fs, root, "*.parquet")}
     new = (split for split in plan.shards if split not in made)
     wanted = (plan.name(split, n) for split in new for n in range(plan.shards[split]))

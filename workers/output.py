@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -39,6 +40,22 @@ def check_output(url: str, ending: str = "", reads: Iterable[str] = ()) -> None:
         probe = f"{path}.{uuid.uuid4().hex}.partial"
         write_whole(fs, probe, b"")
         fs.rm_file(probe)
+
+
+def check_folder(path: str) -> None:
+    """Raises UserError if no folder can be made at a local path: before the work, not after."""
+    place = path
+    with writing(path):
+        while True:
+            try:
+                os.lstat(place)
+                break
+            except (FileNotFoundError, NotADirectoryError):
+                place = os.path.dirname(place)
+        if not os.path.isdir(place):
+            raise NotADirectoryError(errno.ENOTDIR, f"{place} is no folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"no right to write to {place}")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -23,7 +22,7 @@ from pipeline.mesh import Mesh
 from pipeline.tracing import Span, chrome
 from workers.config import Config, UserError, configure, read
 from workers.errors import RunFailed
-from workers.output import writing
+from workers.output import check_folder, writing
 from workers.timeline import picture
 
 COMPLETE = ".metadata"  # `torch.distributed.checkpoint` writes it last
@@ -52,8 +51,7 @@ class RunFolder:
         self.asked = bool(resume)
         self.new = not self.fs.exists(f"{self.path}/{CONFIG}")
         if self.new and not self.remote:
-            with writing(self.url):
-                _check_place(self.path)
+            check_folder(self.path)
         if not self.new and resume is False:
             raise self._taken()
         if self.new and resume:
@@ -269,21 +267,6 @@ def _end_line(path: str) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _check_place(path: str) -> None:
-    """Raises OSError if no folder can be made there: before the work, not after."""
-    while True:
-        try:
-            os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            path = os.path.dirname(path)
-        else:
-            break
-    if not os.path.isdir(path):
-        raise NotADirectoryError(errno.ENOTDIR, f"{path} is no folder")
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, f"no right to write to {path}")
-
-
 def is_run(url: str) -> bool:
     """Whether a run has begun in this folder or URL."""
     fs, path = storage(url)
@@ -298,18 +281,18 @@ def read_lines(run: str, name: str) -> list[dict[str, Any]]:
     fs, path = storage(run)
     if not fs.exists(f"{path}/{name}"):
         return []
+    needed = NEEDED.get(name, {})
     whole = fs.cat_file(f"{path}/{name}").rpartition(b"\n")[0]  # a run may be writing
     found = []
     for number, text in enumerate(whole.splitlines(), 1):
         try:
             line = dict(json.loads(text))
-            for key, kinds in NEEDED.get(name, {}).items():
+            for key, kinds in needed.items():
                 if not isinstance(line.get(key), kinds):
                     raise TypeError
         except (ValueError, TypeError):
-            wanted = ", ".join(NEEDED.get(name, ()))
             raise DataError(
-                f"{run}/{name} line {number}: no JSON with {wanted}; remove the line"
+                f"{run}/{name} line {number}: no JSON with {', '.join(needed)}; remove the line"
             ) from None
         found.append(line)
     return found
