@@ -25,12 +25,12 @@ from workers.data import classes_of, keep, known_statistics, measured, training_
 from workers.evaluation_file import write_evaluation
 from workers.progress import Progress
 from workers.spread import only_here
-from workers.sweep import OnError, Part, Work, checked_views, pick_split, sweep, usable_gpus
+from workers.sweep import OnError, Swept, Work, checked_views, pick_split, sweep, usable_gpus
 from workers.trained import Step, Trained, open_trained
 
 
 @dataclass(frozen=True)
-class Outcome(Part):
+class Outcome(Swept):
     """What became of some rows: the verdicts of each network and, of several, of their average."""
 
     verdicts: list[Verdicts]

@@ -32,7 +32,7 @@ from workers.output import check_output, write_output, writing
 from workers.predict import BATCH, image_files, open_known, read_image
 from workers.progress import Progress
 from workers.spread import only_here, spread
-from workers.sweep import OnError, Part, Work, sweep, usable_gpus
+from workers.sweep import OnError, Swept, Work, sweep, usable_gpus
 from workers.trained import Step, Trained
 
 INDEX, ABOUT = "neighbours", "index.json"  # a folder in the run, and what it says of itself, last
@@ -180,7 +180,7 @@ def _build(
     return kept
 
 
-def _index(index: str, work: Work, batches: list[NDArray[np.int64]]) -> Iterator[Part]:
+def _index(index: str, work: Work, batches: list[NDArray[np.int64]]) -> Iterator[Swept]:
     """Writes the features of a range of rows."""
     (network,) = work.networks
     classifier = network.classifier(work.device)
@@ -203,7 +203,7 @@ def _index(index: str, work: Work, batches: list[NDArray[np.int64]]) -> Iterator
         pq.write_table(pa.concat_tables(tables), buffer, compression="zstd")
         fs, path = storage(index)
         write_whole(fs, f"{path}/rows-{batches[0][0]:012d}.parquet", buffer.getvalue())
-    yield Part(rows, skipped, faults)  # in one, once the file is there: none is made of half of it
+    yield Swept(rows, skipped, faults)  # in one, once the file is there: none is made of half of it
 
 
 def _search(

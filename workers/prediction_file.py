@@ -21,7 +21,7 @@ from workers.output import check_output, written
 from workers.predict import open_known
 from workers.progress import Progress
 from workers.spread import only_here
-from workers.sweep import OnError, Part, Work, checked_views, pick_split, sweep, usable_gpus
+from workers.sweep import OnError, Swept, Work, checked_views, pick_split, sweep, usable_gpus
 from workers.trained import Step
 
 GROUP = 1 << 16  # rows of a row group of the file
@@ -36,7 +36,7 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Seen(Part):
+class Seen(Swept):
     """What a network sees in n rows: their `paths`, and the likeliest `classes` (int64) with their
     `probabilities` (float64), each [n, 5 at most], falling.
     """

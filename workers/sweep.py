@@ -62,7 +62,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Part:
+class Swept:
     """Rows (int64 [n]) that were worked on, how many beside them were `skipped`, and why."""
 
     rows: NDArray[np.int64]
@@ -70,7 +70,7 @@ class Part:
     faults: list[str]
 
 
-P = TypeVar("P", bound=Part)
+P = TypeVar("P", bound=Swept)
 
 
 def usable_gpus(dataset: Dataset, networks: Sequence[Trained]) -> int:
