@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from pipeline.checkpoint_files import dcp, planner, reader, writer
+from pipeline.checkpoint_files import Shares, dcp, load_planner, reader, save_planner, writer
 from pipeline.network import Network
 from pipeline.optimizer import SGD
 from pipeline.tower import Tower
@@ -48,8 +48,8 @@ def save(
 
     `progress`: what JSON can hold, such as the position in the data.
     """
-    state = _state(tower, optimizer, optimizer.rate, json.dumps(progress), mesh)
-    _dump(path, state, None, alone=mesh is None)
+    state = _state(tower, optimizer, optimizer.rate, json.dumps(progress))
+    _dump(path, state, _shares(tower), None, alone=mesh is None)
 
 
 class Writer:
@@ -115,10 +115,10 @@ class Writer:
     def _write(self, path: str, tower: Tower, optimizer: SGD, rate: float, progress: str) -> None:
         try:
             try:
-                state = _state(tower, optimizer, rate, progress, self.mesh, self._copied)
+                state = _state(tower, optimizer, rate, progress, self._copied)
             finally:
                 self._complete.set()
-            _dump(path, state, self.group, alone=self.mesh is None)
+            _dump(path, state, _shares(tower), self.group, alone=self.mesh is None)
         except BaseException as error:
             self._failure = error
 
@@ -130,11 +130,11 @@ def load(path: str, tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> di
     ValueError, naming a parameter, if it is of another network, Damaged if it cannot be read.
     """
     check(path, tower.network)
-    state = {**_tensors(tower, optimizer, mesh), "rate": 0.0, "progress": ""}
+    state: dict[str, Any] = {**_tensors(tower, optimizer), "rate": 0.0, "progress": ""}
     saved = _metadata(path)
     for name in [name for name in state if name.startswith("momentum.") and name not in saved]:
         state.pop(name).zero_()
-    _load(path, state, alone=mesh is None)
+    _load(path, state, _shares(tower), alone=mesh is None)
     optimizer.rate = state["rate"]  # which the velocities belong to
     return json.loads(state["progress"])
 
@@ -177,28 +177,37 @@ def _state(
     optimizer: SGD,
     rate: float,
     progress: str,
-    mesh: DeviceMesh | None,
     copied: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
     # Momentum is kept in units of the rate.
-    return {**_tensors(tower, optimizer, mesh, copied), "rate": rate, "progress": progress}
+    return {**_tensors(tower, optimizer, copied), "rate": rate, "progress": progress}
 
 
 def _dump(
-    path: str, state: dict[str, Any], group: dist.ProcessGroup | None, *, alone: bool
+    path: str,
+    state: dict[str, Any],
+    shares: Shares,
+    group: dist.ProcessGroup | None,
+    *,
+    alone: bool,
 ) -> None:
+    planner = save_planner(shares)
     try:
-        dcp().save(state, storage_writer=writer(path), process_group=group, no_dist=alone)
+        dcp().save(
+            state, storage_writer=writer(path), planner=planner, process_group=group, no_dist=alone
+        )
     except dcp().api.CheckpointException as error:  # which is no Exception
         rank, (cause, _) = next(iter(error.failures.items()))
         raise NotSaved(f"{path} cannot be written by rank {rank}: {cause}") from cause
 
 
-def _load(path: str, state: dict[str, Any], *, alone: bool = True) -> None:
+def _load(
+    path: str, state: dict[str, Any], shares: Shares | None = None, *, alone: bool = True
+) -> None:
     with _named(path):
         found = reader(path)
         found.read_metadata()  # here, as torch would hide why it cannot be read
-        dcp().load(state, storage_reader=found, planner=planner(), no_dist=alone)
+        dcp().load(state, storage_reader=found, planner=load_planner(shares or {}), no_dist=alone)
 
 
 @contextmanager
@@ -226,37 +235,18 @@ _OF_DAMAGE = (
 
 
 def _tensors(
-    tower: Tower,
-    optimizer: SGD,
-    mesh: DeviceMesh | None,
-    copied: Callable[[str, Tensor], Tensor] | None = None,
-) -> dict[str, Any]:
+    tower: Tower, optimizer: SGD, copied: Callable[[str, Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """This rank's part of the weights and momenta, the very memory unless it is `copied`."""
     weights, momenta = tower.weights(), optimizer.momenta()
-    sizes = {layer.name: layer.maps for layer in tower.network.layers}
-
-    def whole(key: str, local: Tensor) -> Tensor:
-        name = key.split(".", 1)[1]
-        local = local.detach()
-        if copied:
-            local = copied(key, local)
-        if mesh is None:
-            return local
-        from torch.distributed.tensor import DTensor, Replicate, Shard  # as in `dcp`
-
-        shape = torch.Size((sizes[name.split(".")[0]], *local.shape[1:]))
-        # Replicas hold copies, the towers of a pair halves; other stages have other layers.
-        return DTensor.from_local(
-            local,
-            mesh["replica", "tower"],
-            [Replicate(), Shard(0)],
-            run_check=False,
-            shape=shape,
-            stride=torch.empty(shape, device="meta").stride(),
-        )
-
-    local: dict[str, Tensor] = {f"weights.{name}": p for name, p in weights.items()}
+    local = {f"weights.{name}": p.detach() for name, p in weights.items()}
     local |= {f"momentum.{name}": momenta[p] for name, p in weights.items() if p in momenta}
-    return {key: whole(key, tensor) for key, tensor in local.items()}
+    return {key: copied(key, part) if copied else part for key, part in local.items()}
+
+
+def _shares(tower: Tower) -> Shares:
+    shares = tower.shares().items()
+    return {f"{kind}.{name}": share for name, share in shares for kind in ("weights", "momentum")}
 
 
 def _metadata(path: str) -> dict[str, TensorStorageMetadata]:

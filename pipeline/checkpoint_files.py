@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from functools import cache
 from importlib import import_module
@@ -94,13 +95,66 @@ def writer(path: str) -> Any:
     return made
 
 
-def planner() -> Any:
-    """A LoadPlanner that runs nothing either, for what is no tensor."""
+Shares = Mapping[str, tuple[int, int]]
+"""Of tensors by name: where the rows that are here begin in the whole, and how many that has."""
 
-    class Planner(dcp().DefaultLoadPlanner):  # type: ignore[misc]
+
+def save_planner(shares: Shares) -> Any:
+    """A SavePlanner of tensors that are shares of whole ones. A DTensor would say the same, and the
+    first one made imports torch's compiler.
+    """
+
+    class Planner(dcp().DefaultSavePlanner):  # type: ignore[misc]
+        def create_local_plan(self) -> Any:
+            plan = super().create_local_plan()
+            return replace(plan, items=[self._placed(item) for item in plan.items])
+
+        def _placed(self, item: Any) -> Any:
+            name, data = item.index.fqn, item.tensor_data
+            if name not in shares:
+                return item
+            chunk = _chunk(data.size, shares[name])
+            size = torch.Size((shares[name][1], *data.size[1:]))
+            return replace(
+                item,
+                index=dcp(".metadata").MetadataIndex(name, chunk.offsets),
+                type=dcp(".planner").WriteItemType.SHARD,
+                tensor_data=replace(data, chunk=chunk, size=size),
+            )
+
+        def lookup_object(self, index: Any) -> Any:
+            return self.state_dict[index.fqn]
+
+    return Planner()
+
+
+def load_planner(shares: Shares) -> Any:
+    """A LoadPlanner of such tensors and of whole ones; of what is no tensor it runs nothing."""
+    default, helpers = dcp(".default_planner"), dcp(".planner_helpers")
+
+    class Planner(default.DefaultLoadPlanner):  # type: ignore[name-defined]
+        def create_local_plan(self) -> Any:
+            whole = {name: x for name, x in self.state_dict.items() if name not in shares}
+            items = list(default.create_default_local_load_plan(whole, self.metadata).items)
+            for name, share in shares.items():
+                if name in self.state_dict:
+                    saved = self.metadata.state_dict_metadata[name]
+                    chunk = _chunk(self.state_dict[name].shape, share)
+                    items += helpers.create_read_items_for_chunk_list(name, saved, [chunk])
+            return dcp(".planner").LoadPlan(items)
+
+        def lookup_tensor(self, index: Any) -> Any:
+            return self.state_dict[index.fqn]
+
         def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
             torch.load(value, weights_only=True)  # raises if reading it would run anything
             value.seek(0)
             super().load_bytes(read_item, value)
 
     return Planner()
+
+
+def _chunk(local: torch.Size, share: tuple[int, int]) -> Any:
+    """Where a tensor of this shape lies in the whole."""
+    offsets = torch.Size((share[0], *(0 for _ in local[1:])))
+    return dcp(".metadata").ChunkStorageMetadata(offsets, local)

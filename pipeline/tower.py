@@ -112,6 +112,14 @@ class Tower(nn.Module):
         """Parameters by their names in the whole network: conv1.weight, conv1.bias, ..."""
         return {name.removeprefix("blocks."): p for name, p in self.named_parameters()}
 
+    def shares(self) -> dict[str, tuple[int, int]]:
+        """Of each parameter, where its rows begin in the whole network's and how many those are."""
+        return {
+            f"{name}.{kind}": (block.start, block.layer.maps)  # type: ignore[union-attr, misc]
+            for name, block in self.blocks.items()
+            for kind in ("weight", "bias")
+        }
+
 
 class Block(nn.Module):
     """One layer: product, then activation, normalisation and pooling in the table's order."""

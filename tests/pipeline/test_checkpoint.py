@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,12 @@ def test_two_towers_save_and_one_process_loads(pair: Ranks, tmp_path: Path) -> N
     assert progress == PROGRESS
     assert_equal(loaded, saved)
     assert not (saved["v conv1.weight"] == 0).all()
+    # Which takes as long to import as all of torch.
+    assert not any(pair.run(is_imported, "torch._dynamo"))
+
+
+def is_imported(name: str) -> bool:
+    return name in sys.modules
 
 
 def test_one_process_saves_and_any_mesh_loads(pair: Ranks, four: Ranks, tmp_path: Path) -> None:
@@ -296,7 +303,7 @@ def test_somebodys_checkpoint_runs_nothing(tmp_path: Path) -> None:
     with pytest.raises(checkpoint.Damaged, match=r"mkdir is no part of a checkpoint's metadata"):
         checkpoint.load_weights(f"{tmp_path}/c")
     harm: Any = Harm(tmp_path / "harm")
-    checkpoint._dump(f"{tmp_path}/d", {"rate": 0.1, "progress": harm}, None, alone=True)
+    checkpoint._dump(f"{tmp_path}/d", {"rate": 0.1, "progress": harm}, {}, None, alone=True)
     with pytest.raises(checkpoint.Damaged, match=r"/d is damaged \(UnpicklingError"):
         checkpoint.read_progress(f"{tmp_path}/d")
     assert not (tmp_path / "harm").exists()

@@ -36,6 +36,7 @@ mkdir -m 755 /run/sshd; mkdir -p /home/ubuntu/.ssh; cd /home/ubuntu
 echo 'ubuntu:*:0:0::/home/ubuntu:/bin/bash' | cat - /etc/passwd > /run/passwd
 mount --bind /run/passwd /etc/passwd
 hostname {name}; echo '127.0.0.1 localhost {name}' > /run/hosts; mount --bind /run/hosts /etc/hosts
+true > /run/names; mount --bind /run/names /etc/resolv.conf  # or each name is waited for
 cp /mnt/key .ssh/id_ed25519; cp /mnt/key.pub .ssh/authorized_keys; chmod -R go= .ssh
 ln -s {venv} venv; echo {role} > towers.role
 ip link set lo up
@@ -184,7 +185,7 @@ def test_ray_up_train_join_and_ray_down(
     # At once: the towers' machine is still on its way. Without a cache, or one augmenter would do.
     job = user.start(
         "towers submit --cluster /mnt/local.yaml -- train /mnt/shards --run /mnt/run"
-        " --network alexnet-mini --batch 32 --epochs 1000 --augmenters 1:2 --cache 0 --log-every 1"
+        " --network alexnet-mini --batch 8 --epochs 1000 --augmenters 1:2 --cache 0 --log-every 1"
     )
     with job:
         try:
