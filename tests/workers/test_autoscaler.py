@@ -207,7 +207,7 @@ def test_a_run_gets_nodes_for_towers_and_a_starved_one_for_augmenters_which_go_w
             assert asked.stdout.read().startswith(lacking)
         finally:
             asked.kill()
-    options = ["--network", "alexnet-mini", "--batch", "32", "--epochs", "1000", "--device", "cpu"]
+    options = ["--network", "alexnet-mini", "--batch", "8", "--epochs", "1000", "--device", "cpu"]
     # Without a cache one augmenter is too few in later epochs too.
     options += ["--augmenters", "1:9", "--cache", "0", "--log-every", "1"]
     options += ["--run", str(tmp_path / "run")]

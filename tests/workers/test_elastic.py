@@ -1,4 +1,6 @@
-"""Laws 5 and 6: nodes of augmenters join and leave inside a run, and the towers don't notice."""
+"""Laws 3, 5 and 6: nodes of augmenters join and leave inside a run, and the towers don't notice; a
+node of theirs is lost, and the run goes on as if it had not been.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from ray.cluster_utils import Cluster
 
 from workers.config import configure
 from workers.progress import Progress
+from workers.run import checkpoints
 from workers.supervisor import train
 
 pytestmark = pytest.mark.own_ray
@@ -28,13 +31,15 @@ GIVEN = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nodes() -> Iterator[Cluster]:
-    """A head with room for the towers and nothing else."""
+    """A head, and a node for the towers."""
     ray.shutdown()  # the cluster of the other tests here
     # A killed node is missed after 5 checks.
     head = {"num_cpus": 2, "_system_config": {"health_check_period_ms": 1000}}
     made = Cluster(initialize_head=True, head_node_args=head)
+    made.add_node(num_cpus=2, resources={"towers": 1})
+    ray.init(address=made.address, log_to_driver=False)
     yield made
     ray.shutdown()
     made.shutdown()
@@ -82,7 +87,6 @@ def test_nodes_join_and_leave(
     to go; first by its leave, then killed.
     """
     here = [nodes.add_node(num_cpus=2, resources={"augment": 1})]
-    ray.init(address=nodes.address, log_to_driver=False)
     run = tmp_path / "run"
     config = configure({**GIVEN, "shards": shards, "run": str(run)})
     progress, gone = Ending(), []
@@ -117,3 +121,28 @@ def test_nodes_join_and_leave(
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
     epochs = [list(rows) for _, rows in itertools.groupby(steps, key=lambda line: line["epoch"])]
     assert all(sum(sum(line["made_by"].values()) for line in rows) == 150 for rows in epochs[:-1])
+
+
+def test_a_node_is_lost_that_holds_the_towers_and_the_feed(
+    longer: str, nodes: Cluster, shards: str, tmp_path: Path
+) -> None:
+    nodes.add_node(num_cpus=2, resources={"towers": 1})  # where they can go
+    run = tmp_path / "run"
+    given = {"network": "alexnet-mini", "batch": 64, "epochs": 20, "steps": 30}
+    given |= {"augmenters": "1:1", "log_every": 1, "checkpoint_every": 2}
+    config = configure({**given, "shards": shards, "run": str(run)})
+    result: dict[str, Any] = {}
+    job = threading.Thread(target=lambda: result.update(train(config, progress=Progress())))
+    job.start()
+    try:
+        while not checkpoints(str(run)) and job.is_alive():
+            time.sleep(0.05)
+        groups = ray.util.placement_group_table().values()
+        there = [group for group in groups if group["state"] == "CREATED"]
+        (home,) = {node for group in there for node in group["bundles_to_node_id"].values()}
+        lost = next(node for node in nodes.worker_nodes if node.node_id == home)
+        nodes.remove_node(lost, allow_graceful=False)
+    finally:
+        job.join(300)
+    assert result["restarts"] == 1
+    assert result["weights_sha256"] == longer

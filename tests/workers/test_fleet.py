@@ -322,6 +322,7 @@ def test_statistics_are_the_same_by_many_workers(shards: str, cluster: None) -> 
         assert getattr(found, name).tobytes() == getattr(again, name).tobytes()
 
 
+@pytest.mark.own_ray
 def test_augmenters_run_on_the_nodes_set_aside_for_them(
     shards: str, alone: dict[tuple[int, int], str]
 ) -> None:

@@ -253,14 +253,20 @@ def test_an_upload_that_breaks_off_leaves_nothing(store: Failing) -> None:
 
 
 def test_a_store_that_goes_on_failing_is_named(
-    cluster: None, store: Failing, source: str, tmp_path: Path
+    cluster: None,
+    store: Failing,
+    source: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("datasets.storage.PAUSE", 0.0)
     fsspec.filesystem("s3").put(source, "bucket/source/shapes.tar")
     store.share = 1.0
     with pytest.raises(DataError, match=r"s3://bucket/source/shapes\.tar: the store failed, again"):
         prepare("s3://bucket/source/shapes.tar", f"{tmp_path}/shards", SMALL)
 
 
+@pytest.mark.own_ray
 def test_a_store_that_fails_now_and_then(
     ray_of_the_store: None, store: Failing, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Law 3 where it is hardest: with a node of towers, with the supervisor and the whole cluster."""
+"""Law 3 where it is hardest: with the supervisor and the whole cluster."""
 
 from __future__ import annotations
 
@@ -7,22 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-from ray.cluster_utils import Cluster
 
 from benchmarks.chaos import below, kill
-from workers.config import configure
-from workers.progress import Progress
 from workers.run import checkpoints
-from workers.supervisor import train
 
 pytestmark = pytest.mark.own_ray
 SMALL = {"network": "alexnet-mini", "batch": 64, "epochs": 20, "steps": 30}
@@ -42,43 +35,6 @@ def command(shards: str, run: Path, *options: str) -> list[str]:
     program = str(Path(sys.executable).parent / "towers")
     flags = [word.replace("_", "-") if word.startswith("--") else word for word in given]
     return [program, "train", shards, "--run", str(run), *flags, *options, "--json"]
-
-
-@pytest.fixture
-def nodes() -> Iterator[Cluster]:
-    """A head for the augmenters, and two nodes of which each can hold the towers."""
-    ray.shutdown()
-    # A killed node is missed after 5 checks.
-    head = {"num_cpus": 2, "_system_config": {"health_check_period_ms": 1000}}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
-        made.add_node(num_cpus=2, resources={"towers": 1})
-    yield made
-    ray.shutdown()
-    made.shutdown()
-
-
-def test_a_node_is_lost_that_holds_the_towers_and_the_feed(
-    longer: str, nodes: Cluster, shards: str, tmp_path: Path
-) -> None:
-    ray.init(address=nodes.address, log_to_driver=False)
-    run = tmp_path / "run"
-    config = configure({**SMALL, "shards": shards, "run": str(run), "checkpoint_every": 2})
-    result: dict[str, Any] = {}
-    job = threading.Thread(target=lambda: result.update(train(config, progress=Progress())))
-    job.start()
-    try:
-        while not checkpoints(str(run)) and job.is_alive():
-            time.sleep(0.05)
-        groups = ray.util.placement_group_table().values()
-        there = [group for group in groups if group["state"] == "CREATED"]
-        (home,) = {node for group in there for node in group["bundles_to_node_id"].values()}
-        lost = next(node for node in nodes.worker_nodes if node.node_id == home)
-        nodes.remove_node(lost, allow_graceful=False)
-    finally:
-        job.join(300)
-    assert result["restarts"] == 1
-    assert result["weights_sha256"] == longer
 
 
 def test_a_killed_supervisor_is_started_again_and_a_lost_cluster_resumed(

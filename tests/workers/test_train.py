@@ -240,30 +240,6 @@ class Scaler(Progress):
             assert main(["scale", str(self.folder), "--augmenters", self.when.pop(due[0])]) == 0
 
 
-def test_a_run_out_of_restarts_is_resumed_and_its_fleet_is_scaled(
-    longer: str,
-    shards: str,
-    tmp_path: Path,
-    processes: Callable[[str], list[int]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # An epoch has three steps, and its checkpoint waits for the one before to be complete.
-    killer = Killer({8: "ray::TowerActor"}, processes)
-    given = {"epochs": 20, "steps": 30, "log_every": 1}
-    with pytest.raises(RunFailed, match=r"died, once too often; the last checkpoint is of step \d"):
-        run(tmp_path / "run", shards, killer, restarts=0, **given)
-    monkeypatch.setattr("workers.supervisor.LOOK_SECONDS", 0.0)  # after each report
-    scaler = Scaler(tmp_path / "run", {12: "2:2", 18: "1:2"})
-    result = train(configure({}, f"{tmp_path}/run/config.toml"), resume=True, progress=scaler)
-    assert not scaler.when
-    assert (result["restarts"], result["steps"]) == (0, 30)  # the towers were not touched
-    assert result["weights_sha256"] == longer
-    events = lines(tmp_path / "run", "events.jsonl")
-    scales = [event["augmenters"] for event in events if event["event"] == "scale"]
-    assert scales == ["2:2", "1:2"]
-    assert configure({}, f"{tmp_path}/run/config.toml").augmenters == "1:2"
-
-
 def test_a_place_that_does_not_come_back_leaves_a_run_to_be_resumed(
     undisturbed: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,7 +277,7 @@ def test_weights_go_out_and_make_a_run(
     assert made["weights_sha256"] == result["weights_sha256"]
     with pytest.raises(UserError, match="made: none of its checkpoints was evaluated; --step N"):
         export(f"{tmp_path}/made", file, "best")
-    again = run(tmp_path / "made", shards, resume=True, steps=1)
+    again = run(tmp_path / "made", shards, resume=True, steps=1, towers=1)
     assert again["steps"] == 1
     with pytest.raises(UserError, match=r"fc4.bias is missing"):
         import_(file, f"{tmp_path}/other", {"network": "cifar"})
@@ -339,19 +315,36 @@ class Terminator(Killer):
             os.kill(os.getpid(), signal.Signals[self.when.pop(step)])
 
 
-def test_a_terminated_run_keeps_a_checkpoint_and_goes_on(
-    longer: str, shards: str, tmp_path: Path, processes: Callable[[str], list[int]]
+def test_a_run_that_was_stopped_or_is_out_of_restarts_goes_on_and_its_fleet_is_scaled(
+    longer: str,
+    shards: str,
+    tmp_path: Path,
+    processes: Callable[[str], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = {"epochs": 20}
-    # At an epoch's end, where there is one anyway, and amid one, by Ctrl-C.
+    """Each time from where it was, to the weights of a run in peace."""
+    given = {"epochs": 20, "log_every": 1, "restarts": 0}
+    # At an epoch's end, where there is a checkpoint anyway; then amid one, by Ctrl-C.
     for step, name in (3, "SIGTERM"), (10, "SIGINT"):
         terminator = Terminator({step: name}, processes)
         with pytest.raises(RunFailed, match=rf"stopped by {name} at step \d+, of which a check"):
-            run(tmp_path / "run", shards, terminator, log_every=1, resume=step > 3, **given)
+            run(tmp_path / "run", shards, terminator, resume=step > 3, **given)
         assert checkpoints(f"{tmp_path}/run")[-1] >= step
+    killer = Killer({13: "ray::TowerActor"}, processes)
+    with pytest.raises(RunFailed, match=r"died, once too often; the last checkpoint is of step \d"):
+        run(tmp_path / "run", shards, killer, resume=True, **given)
+    monkeypatch.setattr("workers.supervisor.LOOK_SECONDS", 0.0)  # after each report
+    scaler = Scaler(tmp_path / "run", {18: "2:2", 23: "1:2"})
     # The same data and schedule to another end: what was done so far is what it would have done.
-    again = run(tmp_path / "run", shards, resume=True, steps=30, **given)
-    assert again["weights_sha256"] == longer
+    config = configure({"steps": 30}, f"{tmp_path}/run/config.toml")
+    result = train(config, resume=True, progress=scaler)
+    assert not scaler.when
+    assert (result["restarts"], result["steps"]) == (0, 30)  # the towers were not touched
+    assert result["weights_sha256"] == longer
+    events = lines(tmp_path / "run", "events.jsonl")
+    scales = [event["augmenters"] for event in events if event["event"] == "scale"]
+    assert scales == ["2:2", "1:2"]
+    assert configure({}, f"{tmp_path}/run/config.toml").augmenters == "1:2"
 
 
 @pytest.fixture
@@ -407,6 +400,6 @@ def test_a_full_cluster_is_said_not_waited_for(
                 run(tmp_path / "run", shards)
         assert not (tmp_path / "run").exists()
         ray.util.remove_placement_group(other)
-        assert run(tmp_path / "run", shards, steps=1)["steps"] == 1
+        assert run(tmp_path / "run", shards, steps=1, towers=1)["steps"] == 1
     finally:
         ray.util.remove_placement_group(other)
