@@ -9,6 +9,8 @@ import os
 import select
 import sys
 from contextlib import suppress
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from datasets import DataError
 from workers.commands import completion, data, jobs, planning, results, search, training, weights
@@ -93,9 +95,25 @@ def _closed() -> bool:
     return closed
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in a line what is wrong, and not all that there is, which for `train` is two screens."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` lists what there is\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, left = super().parse_known_args(args, namespace)
+        if left:  # here, as the parser of all commands would not know whose it is
+            known = (flag for flag in self._option_string_actions if flag.startswith("--"))
+            near = len(left[0]) > 6 and get_close_matches(left[0], known, n=1, cutoff=0.75)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            self.error(f"no such argument: {left[0]}{meant}")
+        return found, left
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog="towers", description="Trains the two-tower AlexNet of 2012 on a Ray cluster."
     )
     made.add_argument("--version", action="version", version=_version())

@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
 from datasets.shards import open_dataset
 from datasets.storage import storage, write_whole
+from pipeline.recipes import Recipe
 from workers.claims import ARMS, CLAIMS, Arm, Claim, Finding, judge
 from workers.claims_page import claims_page, markdown, told
 from workers.cluster import connected
@@ -20,8 +21,9 @@ from workers.config import Config, UserError, configure
 from workers.counts import COUNTS, Count
 from workers.evaluate import evaluate
 from workers.history import History, read_history
-from workers.output import writing
+from workers.output import alone, writing
 from workers.progress import Progress
+from workers.run import CONFIG, is_run
 from workers.trials import prepare_data, run_all
 
 SETTINGS, RESULT, TABLE, REPORT = "settings.json", "claims.json", "claims.md", "report.html"
@@ -73,28 +75,29 @@ def claims(
     lines = [_counted_line(count()) for count in counted]
     runs: dict[str, list[History]] = {}
     before = _keep(folder, scale)
-    if trained:
-        with connected():
-            lab = _Lab(folder, scale, seeds, parallel, progress)
-            runs = lab.train([ARMS[arm] for claim in trained for arm in claim.arms])
-            for claim in trained:
-                lines.append(
-                    _trained_line(
-                        claim, *lab.measured(claim, runs), _on(used, claim, runs, lab.failures)
+    with alone(folder, SETTINGS):
+        if trained:
+            with connected():
+                lab = _Lab(folder, scale, seeds, parallel, progress)
+                runs = lab.train([ARMS[arm] for claim in trained for arm in claim.arms])
+                for claim in trained:
+                    lines.append(
+                        _trained_line(
+                            claim, *lab.measured(claim, runs), _on(used, claim, runs, lab.failures)
+                        )
                     )
-                )
-    found = {**before, **{line["claim"]: line for line in lines}}
-    lines = [found[name] for name in (*COUNTS, *CLAIMS) if name in found]
-    result = {"run": folder, **asdict(scale), "seeds": seeds, "claims": lines}
-    fs, path = storage(folder)
-    curves = {arm: [(told.steps, told.curve) for told in ended] for arm, ended in runs.items()}
-    for name, text in (
-        (RESULT, json.dumps(result, indent=1) + "\n"),
-        (TABLE, markdown(lines)),
-        (REPORT, claims_page(result, curves)),
-    ):
-        write_whole(fs, f"{path}/{name}", text.encode())
-    return {**result, "table": f"{folder}/{TABLE}", "report": f"{folder}/{REPORT}"}
+        found = {**before, **{line["claim"]: line for line in lines}}
+        lines = [found[name] for name in (*COUNTS, *CLAIMS) if name in found]
+        result = {"run": folder, **asdict(scale), "seeds": seeds, "claims": lines}
+        fs, path = storage(folder)
+        curves = {arm: [(told.steps, told.curve) for told in ended] for arm, ended in runs.items()}
+        for name, text in (
+            (RESULT, json.dumps(result, indent=1) + "\n"),
+            (TABLE, markdown(lines)),
+            (REPORT, claims_page(result, curves)),
+        ):
+            write_whole(fs, f"{path}/{name}", text.encode())
+        return {**result, "table": f"{folder}/{TABLE}", "report": f"{folder}/{REPORT}"}
 
 
 def _keep(folder: str, scale: Scale) -> dict[str, dict[str, Any]]:
@@ -164,8 +167,11 @@ class _Lab:
         configs, ending = {}, set()
         for arm, seed, rate in wanted:
             run = self._place(arm, seed, rate)
+            config = self._config(arm, seed, run, rate)
+            if is_run(run):
+                _check(run, config)
             if not read_history(run, goal=arm.to_goal).done:
-                configs[run] = self._config(arm, seed, run, rate)
+                configs[run] = config
                 if arm.to_goal:
                     ending.add(run)
         if not configs:
@@ -257,6 +263,18 @@ class _Lab:
             self.evaluated[key] = {**errors, "averaged": found["top1_error"]}
         errors = self.evaluated[key]
         return errors
+
+
+def _check(run: str, config: Config) -> None:
+    """Raises UserError if what was trained in a run is not what its arm is now."""
+    kept = configure({}, f"{run}/{CONFIG}")
+    for name in ("seed", "images", *(field.name for field in fields(Recipe))):
+        old, new = getattr(kept, name), getattr(config, name)
+        if old != new:
+            raise UserError(
+                f"{run} was trained with {name} {old!r}, and the claim has {new!r} now: "
+                "remove it, or name another folder"
+            )
 
 
 def _at_goal(runs: frozenset[str], report: dict[str, Any]) -> bool:

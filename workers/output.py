@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -93,6 +94,37 @@ def _is_special(fs: Any, path: str) -> bool:
         and os.path.exists(path)
         and not (os.path.isfile(path) or os.path.isdir(path))
     )
+
+
+def claimed(path: str) -> IO[bytes]:
+    """A local file, open, which is this process's as long as it is so: to others who claim it
+    BlockingIOError is raised, where the file system has locks.
+    """
+    file = open(path, "ab")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+@contextmanager
+def alone(folder: str, name: str) -> Iterator[None]:
+    """Within it no other process works in a folder by whose file `name` that is known; stores have
+    no locks. Raises UserError if one does.
+    """
+    if "://" in folder:
+        yield
+        return
+    try:
+        file = claimed(f"{folder}/{name}")
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process works there") from None
+    with file:
+        yield
 
 
 @contextmanager

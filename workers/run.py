@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from pipeline.mesh import Mesh
 from pipeline.tracing import Span, chrome
 from workers.config import Config, UserError, configure, read
 from workers.errors import RunFailed
-from workers.output import check_folder, writing
+from workers.output import check_folder, claimed, writing
 from workers.timeline import picture
 
 COMPLETE = ".metadata"  # `torch.distributed.checkpoint` writes it last
@@ -95,14 +94,10 @@ class RunFolder:
         """Keeps other processes from training in this folder, for as long as this one lives: on
         stores, which have no locks, only those that begin there too.
         """
-        self._claim = open(f"{self.local}/{EVENTS}", "ab")  # noqa: SIM115
         try:
-            fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._claim = claimed(f"{self.local}/{EVENTS}")
         except BlockingIOError:
-            self._claim.close()
             raise UserError(f"{self.url}: another process trains there") from None
-        except OSError:
-            pass  # a file system without locks
         self.fs.invalidate_cache()
         if self.new and self.fs.exists(f"{self.path}/{CONFIG}"):
             raise self._taken()
@@ -252,11 +247,10 @@ def occupied(run: str) -> bool:
     fs, path = storage(run)
     if "://" in run or not fs.exists(f"{path}/{EVENTS}"):
         return False
-    with open(f"{path}/{EVENTS}", "ab") as lines:
-        try:
-            fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return isinstance(error, BlockingIOError)
+    try:
+        claimed(f"{path}/{EVENTS}").close()
+    except BlockingIOError:
+        return True
     return False
 
 

@@ -20,7 +20,7 @@ from workers.cluster import connected
 from workers.config import Config, UserError, configure
 from workers.confirm import confirm
 from workers.errors import RunFailed
-from workers.output import writing
+from workers.output import alone, writing
 from workers.progress import Progress
 from workers.search_page import search_page
 from workers.space import CHANGEABLE, Domain, Space, published
@@ -149,18 +149,19 @@ def search(folder: str, wanted: Search | None, progress: Progress | None = None)
         parallel = todo.parallel or slots()
         if wanted:
             _keep(folder, wanted)
-        shards = prepare_data([config], folder, progress)
-        shared = replace(todo, fixed={**todo.fixed, "shards": shards})
-        make = partial(_config, shared, folder)
-        begun = time.time()
-        trials = run_trials(make, todo.plan(parallel), folder, progress, resume=resume)
-        lines = [_line(todo, trial) for trial in trials]
-        best = _best(lines)
-        confirmed = None
-        if todo.confirm:
-            again = partial(_again, shared, best["settings"])
-            confirmed = confirm(again, folder, best["trial"], todo.confirm, parallel, progress)
-    return _written(folder, todo, lines, best, confirmed, time.time() - begun)
+        with alone(folder, SEARCH):
+            shards = prepare_data([config], folder, progress)
+            shared = replace(todo, fixed={**todo.fixed, "shards": shards})
+            make = partial(_config, shared, folder)
+            begun = time.time()
+            trials = run_trials(make, todo.plan(parallel), folder, progress, resume=resume)
+            lines = [_line(todo, trial) for trial in trials]
+            best = _best(lines)
+            confirmed = None
+            if todo.confirm:
+                again = partial(_again, shared, best["settings"])
+                confirmed = confirm(again, folder, best["trial"], todo.confirm, parallel, progress)
+            return _written(folder, todo, lines, best, confirmed, time.time() - begun)
 
 
 def _again(wanted: Search, best: dict[str, Any], name: str, run: str, seed: int) -> Config:

@@ -117,7 +117,8 @@ def open_trained(run: str, step: Step = None) -> Trained:
     except (checkpoint.Damaged, ValueError) as error:
         raise UserError(str(error)) from None
     classes, statistics = kept_classes(run), known_statistics(config.image, run)
-    if not (classes and statistics) and (data := training_data(run, config)):
+    data = None if classes and statistics else training_data(run, config)
+    if data and len(data.classes) == network.classes:  # or other data lies there now
         classes = classes or classes_of(data)
         statistics = statistics or known_statistics(config.image, data.root)
     if classes and len(classes.names) != network.classes:

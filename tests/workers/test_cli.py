@@ -207,7 +207,10 @@ def test_an_unknown_option_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as end:
         main(["train", "--netwrok", "alexnet"])
     assert end.value.code == 2
-    assert "--netwrok" in capsys.readouterr().err
+    said = "towers train: no such argument: --netwrok (did you mean --network?); `towers train -"
+    error = capsys.readouterr().err
+    assert error.startswith(said)
+    assert error.count("\n") == 1
 
 
 def test_a_terminal_has_colours_unless_it_wants_none(

@@ -27,7 +27,7 @@ GIVEN = {
     "batch": 8,
     "epochs": 1000,
     "log_every": 1,
-    "augmenters": "1:4",
+    "augmenters": "1:2",
 }
 
 

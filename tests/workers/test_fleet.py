@@ -32,7 +32,7 @@ NAMES = ("crops", "labels", "shifts", "rows")
 
 
 def fleet(shards: str, where: Placement | None = None, **given: object) -> Fleet:
-    given = {"network": "alexnet-mini", "epochs": 2, "batch": 16, **given}
+    given = {"network": "alexnet-mini", "epochs": 2, "batch": 16, "augmenters": "1:1", **given}
     config = configure({"shards": shards, "run": "r", **given})
     dataset = open_dataset(shards)
     itinerary = Itinerary(
@@ -69,7 +69,7 @@ def alone(shards: str) -> dict[tuple[int, int], str]:
     return {(i, 0): digest(made.load(i, 0, loaders)) for i in items}
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [1, 3])
 def test_fleets_of_any_size_make_the_same_batches(
     size: int, shards: str, alone: dict[tuple[int, int], str], cluster: None
 ) -> None:
@@ -163,9 +163,9 @@ def test_a_feed_goes_on_over_fleets_of_other_sizes(
 ) -> None:
     feed = feeds(shards, augmenters="1:1")
     found = taken(feed, 0, 3)
-    ray.get(feed.scale.remote("3:3"))
-    found |= taken(feed, 3, 12)
     ray.get(feed.scale.remote("2:2"))
+    found |= taken(feed, 3, 12)
+    ray.get(feed.scale.remote("1:1"))
     found |= taken(feed, 12, len(alone))
     assert found == alone
 
@@ -279,7 +279,7 @@ def test_a_feed_stops_all_ranks_at_one_item(shards: str, feeds: Callable[..., An
 
 def test_slow_towers_stop_the_fleet(shards: str, cluster: None) -> None:
     """What is made ahead is bounded however long nobody takes it."""
-    made = fleet(shards, epochs=200)
+    made = fleet(shards, epochs=200, augmenters="1:8")
     refs = made.stream(0, watch := Watch())
     first = next(refs)
     counts = [0]

@@ -113,6 +113,7 @@ def test_a_submitted_job_trains(
 ) -> None:
     run = tmp_path / "run"
     options = ["--network", "alexnet-mini", "--batch", "64", "--epochs", "1", "--run", str(run)]
+    options += ["--augmenters", "1:1"]
     command = [
         *(f"{BIN}/ray", "job", "submit", "--address", dashboard, "--working-dir", "."),
         *("--", "towers", "train", shards, *options, "--json"),

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import ray
 
+from workers.claims import ARMS
 from workers.cli import main
-from workers.config import Config, configure
+from workers.config import Config, UserError, configure
 from workers.confirm import confirm
 from workers.errors import RunFailed
-from workers.experiments import Scale, claims
+from workers.experiments import SETTINGS, Scale, _Lab, claims
 from workers.history import read_history
+from workers.output import alone
 from workers.progress import Progress
 from workers.run import CONFIG, EVENTS, read_lines
 from workers.search import Search, _line, search
@@ -200,13 +202,18 @@ def test_a_claim_is_judged_by_runs_that_are_not_run_again(
     found: dict[str, Any], shards: str, tmp_path: Path
 ) -> None:
     folder, said = str(tmp_path / "claims"), list[str]()
-    shutil.copytree(found["best"]["run"], f"{folder}/runs/base-seed0")
+    base = f"{folder}/runs/base-seed0"
+    shutil.copytree(found["best"]["run"], base)
 
     class Listener(Progress):
         def say(self, text: str) -> None:
             said.append(text)
 
     scale = Scale(shards, scale=0.1, images=100)
+    with pytest.raises(UserError, match=r"/base-seed0 was trained with \w+ .*, and the claim has"):
+        claims(folder, ["pooling"], scale, seeds=1)
+    config = _Lab(folder, scale, 1, None, Progress())._config(ARMS["base"], 0, base)
+    Path(base, CONFIG).write_text(config.to_toml())  # as if it had been trained so
     first = claims(folder, ["pooling"], scale, seeds=1, progress=Listener())
     assert "to run: 1" in said
     (line,) = first["claims"]
@@ -220,6 +227,11 @@ def test_a_claim_is_judged_by_runs_that_are_not_run_again(
     said.clear()
     assert claims(folder, ["pooling"], scale, seeds=1, progress=Listener())["claims"] == [line]
     assert not any("to run" in text for text in said)
+    with (
+        alone(folder, SETTINGS),
+        pytest.raises(UserError, match="claims: another process works there"),
+    ):
+        claims(folder, ["pooling"], scale, seeds=1)
     assert Path(first["report"]).read_text().count("<circle") == 2
 
 
