@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline import native
+
 pytestmark = pytest.mark.own_ray
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +40,7 @@ mount --bind /run/passwd /etc/passwd
 hostname {name}; echo '127.0.0.1 localhost {name}' > /run/hosts; mount --bind /run/hosts /etc/hosts
 true > /run/names; mount --bind /run/names /etc/resolv.conf  # or each name is waited for
 cp /mnt/key .ssh/id_ed25519; cp /mnt/key.pub .ssh/authorized_keys; chmod -R go= .ssh
-ln -s {venv} venv; echo {role} > towers.role
+ln -s {venv} venv; ln -s /mnt/cache .cache; echo {role} > towers.role
 ip link set lo up
 echo ready
 read -r network  # there now
@@ -134,6 +136,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Call
     if why := subprocess.run([*SPACES, "true"], capture_output=True, text=True).stderr:
         pytest.skip(f"may not make hosts here: {why.strip()}")
     shared = tmp_path_factory.mktemp("shared")
+    shutil.copytree(native._cache(), shared / "cache/towers")  # what is compiled once a machine
     _do("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(shared / "key"))
     made: list[Host] = []
     with ExitStack() as stack:
