@@ -9,7 +9,6 @@ import os
 import select
 import sys
 from contextlib import suppress
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from datasets import DataError
@@ -104,7 +103,10 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, left = super().parse_known_args(args, namespace)
         if left:  # here, as the parser of all commands would not know whose it is
+            from difflib import get_close_matches
+
             known = (flag for flag in self._option_string_actions if flag.startswith("--"))
+            # Of short ones any resembles another: --lr is not --lrn.
             near = len(left[0]) > 6 and get_close_matches(left[0], known, n=1, cutoff=0.75)
             meant = f" (did you mean {near[0]}?)" if near else ""
             self.error(f"no such argument: {left[0]}{meant}")

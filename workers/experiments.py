@@ -74,19 +74,19 @@ def claims(
     trained = [claim for name, claim in CLAIMS.items() if name in chosen]
     lines = [_counted_line(count()) for count in counted]
     runs: dict[str, list[History]] = {}
-    before = _keep(folder, scale)
+    _keep(folder, scale)
     with alone(folder, SETTINGS):
         if trained:
             with connected():
                 lab = _Lab(folder, scale, seeds, parallel, progress)
                 runs = lab.train([ARMS[arm] for claim in trained for arm in claim.arms])
-                for claim in trained:
-                    lines.append(
-                        _trained_line(
-                            claim, *lab.measured(claim, runs), _on(used, claim, runs, lab.failures)
-                        )
+                lines += [
+                    _trained_line(
+                        claim, *lab.measured(claim, runs), _on(used, claim, runs, lab.failures)
                     )
-        found = {**before, **{line["claim"]: line for line in lines}}
+                    for claim in trained
+                ]
+        found = {**_before(folder), **{line["claim"]: line for line in lines}}
         lines = [found[name] for name in (*COUNTS, *CLAIMS) if name in found]
         result = {"run": folder, **asdict(scale), "seeds": seeds, "claims": lines}
         fs, path = storage(folder)
@@ -100,10 +100,8 @@ def claims(
         return {**result, "table": f"{folder}/{TABLE}", "report": f"{folder}/{REPORT}"}
 
 
-def _keep(folder: str, scale: Scale) -> dict[str, dict[str, Any]]:
-    """Notes what the runs in a folder are of; returns what was found of them before, by claim.
-    Raises UserError if they are of something else.
-    """
+def _keep(folder: str, scale: Scale) -> None:
+    """Notes what the runs in a folder are of. Raises UserError if they are of something else."""
     fs, path = storage(folder)
     text = json.dumps(asdict(scale)) + "\n"
     with writing(folder):
@@ -111,12 +109,17 @@ def _keep(folder: str, scale: Scale) -> dict[str, dict[str, Any]]:
             before = fs.cat_file(f"{path}/{SETTINGS}").decode()
             if before != text:
                 raise UserError(f"{folder} holds runs of {before.strip()}: name another folder")
-            with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
-                lines = json.loads(fs.cat_file(f"{path}/{RESULT}"))["claims"]
-                return {line["claim"]: line for line in lines}
-            return {}
+            return
         fs.makedirs(path, exist_ok=True)
         write_whole(fs, f"{path}/{SETTINGS}", text.encode())
+
+
+def _before(folder: str) -> dict[str, dict[str, Any]]:
+    """What was found in a folder before, by claim."""
+    fs, path = storage(folder)
+    with writing(folder), suppress(FileNotFoundError, ValueError, TypeError, KeyError):
+        lines = json.loads(fs.cat_file(f"{path}/{RESULT}"))["claims"]
+        return {line["claim"]: line for line in lines}
     return {}
 
 

@@ -110,7 +110,7 @@ def test_nodes_join_and_leave(
             made_by = here[-1].node_id[:8]
             until(lambda by=made_by: any(by in line["made_by"] for line in trained(run)[-20:]), 240)
             # Far more than were made already when it went.
-            until(lambda at=left: sum(line["time"] > at for line in trained(run)) > 60, 240)
+            until(lambda at=left: sum(line["time"] > at for line in trained(run)) > 100, 240)
             assert processes("ray::TowerActor") == towers
     finally:
         progress.told = True

@@ -69,7 +69,7 @@ def alone(shards: str) -> dict[tuple[int, int], str]:
     return {(i, 0): digest(made.load(i, 0, loaders)) for i in items}
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [1, 4])
 def test_fleets_of_any_size_make_the_same_batches(
     size: int, shards: str, alone: dict[tuple[int, int], str], cluster: None
 ) -> None:

@@ -200,7 +200,7 @@ def test_killed_towers_and_feed_come_back_to_the_same_weights(
 
     def saved(step: int) -> None:
         if step == 2:
-            write_scale(f"{tmp_path}/run", "1:2")
+            write_scale(f"{tmp_path}/run", "2:2")
         # A kill is felt some steps later: the second one is not to come before.
         starts = [e for e in lines(tmp_path / "run", "events.jsonl") if e["event"] == "start"]
         if due and step >= min(due) and len(starts) + len(due) == 3:
@@ -224,7 +224,7 @@ def test_killed_towers_and_feed_come_back_to_the_same_weights(
     assert starts[0] == 0
     assert 4 <= starts[1] < starts[2]
     assert starts[2] >= 9
-    assert [e["augmenters"] for e in events if e["event"] == "scale"] == ["1:2"]
+    assert [e["augmenters"] for e in events if e["event"] == "scale"] == ["2:2"]
 
 
 class Scaler(Progress):
@@ -400,6 +400,6 @@ def test_a_full_cluster_is_said_not_waited_for(
                 run(tmp_path / "run", shards)
         assert not (tmp_path / "run").exists()
         ray.util.remove_placement_group(other)
-        assert run(tmp_path / "run", shards, steps=1, towers=1)["steps"] == 1
+        assert run(tmp_path / "run", shards, steps=1)["steps"] == 1
     finally:
         ray.util.remove_placement_group(other)
