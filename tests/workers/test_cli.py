@@ -290,9 +290,9 @@ import os, signal, sys
 from workers.guard import guarded
 
 def work(deaths, progressed):
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # it may come before it is awaited
     os.kill(os.getppid(), signal.SIGKILL)
-    signal.pause()
+    signal.sigwait({signal.SIGTERM})
     progressed()
     print("in order")
     return 0
