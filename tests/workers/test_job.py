@@ -65,6 +65,8 @@ def dashboard(
     # A node whose agent finds its usual port taken, as by another Ray here, takes no jobs.
     agent = "--dashboard-agent-listen-port=0"
     node = (f"--address=127.0.0.1:{gcs}", "--resources", '{"augment": 1}')
+    # Nodes unpack a job's folder below their own: a second one there would do so amid the job.
+    node += (f"--temp-dir={environment['RAY_TMPDIR']}/node",)
     started = []
 
     def start(name: str, *options: str) -> None:
