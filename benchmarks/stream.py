@@ -117,14 +117,14 @@ def best_loop(shards: str, cores: int) -> Batches:
     while True:
         batch = np.empty((BATCH, CROP, CROP, 3), np.uint8)
         for crop in batch:
-            simplejpeg.decode_jpeg(next(images), buffer=pixels)
+            mirrored = random.random() < 0.5
+            simplejpeg.decode_jpeg(next(images), "BGR" if mirrored else "RGB", buffer=pixels)
             left, top = random.randint(0, SIZE - CROP), random.randint(0, SIZE - CROP)
-            seen = pixels[top : top + CROP, left : left + CROP]
-            if random.random() < 0.5:
-                for colour in range(3):  # five times as fast as all at once
-                    crop[..., colour] = seen[:, ::-1, colour]
+            rows = pixels[top : top + CROP, left : left + CROP].reshape(CROP, -1)
+            if mirrored:  # the bytes in reverse, eight at a time: many times as fast as one by one
+                crop.reshape(CROP, -1).view(">u8")[:] = rows.view("<u8")[:, ::-1]
             else:
-                crop[:] = seen
+                crop.reshape(CROP, -1)[:] = rows
         yield batch
 
 

@@ -92,9 +92,13 @@ class PixelCache:
         """An image that is kept, uint8 [size, size, 3], read-only."""
         return self._pixels[row]
 
+    def has_room(self, row: int) -> bool:
+        """Whether an image would be kept."""
+        return row < len(self._labels) and not self._full
+
     def keep(self, row: int, label: int, pixels: Pixels) -> None:
         """Keeps an image, if there is room for it."""
-        if self._full or row >= len(self._labels):
+        if not self.has_room(row):
             return
         try:
             _check_free(self._at)

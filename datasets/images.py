@@ -37,15 +37,24 @@ def is_image(name: str) -> bool:
     return not last.startswith("._") and last.rpartition(".")[2].lower() in ENDINGS
 
 
-def decode(data: bytes, place: str, size: int | None = None, *, least: int = 0) -> Pixels:
+def decode(
+    data: bytes,
+    place: str,
+    size: int | None = None,
+    *,
+    least: int = 0,
+    blue_first: bool = False,
+) -> Pixels:
     """The image in `data` (one of `FORMATS`) as uint8 [H, W, 3] RGB; fitted to `size` if given.
 
     Grey, palette, CMYK and 16-bit images become RGB, transparency lies on black, the EXIF
-    orientation is applied, and of a moving image the first frame counts. Raises DataError, naming
+    orientation is applied, and of a moving image the first frame counts. With `blue_first` a JPEG
+    of that size comes as a view of memory in which blue is first, so that its mirror image is that
+    memory in reverse. Raises DataError, naming
     `place`, if the bytes don't decode, the image is absurdly large (a decompression bomb) or has 32
     bits a pixel and so no white that is known, or a side has less than `least` pixels.
     """
-    pixels = _plain_jpeg(data)
+    pixels = _plain_jpeg(data, blue_first=size if blue_first else None)
     if pixels is None:
         pixels = np.asarray(_rgb(data, place))
     height, width, _ = pixels.shape
@@ -100,9 +109,11 @@ def _jpeg(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _plain_jpeg(data: bytes, *, comments: bool = True) -> Pixels | None:
-    """An upright JPEG in colour or grey, uint8 [H, W, 3]; None for all else, for what is damaged
-    and, without `comments`, for one that has some.
+def _plain_jpeg(
+    data: bytes, *, comments: bool = True, blue_first: int | None = None
+) -> Pixels | None:
+    """An upright JPEG in colour or grey, uint8 [H, W, 3], blue first in memory if that is its size;
+    None for all else, for what is damaged and, without `comments`, for one that has some.
 
     simplejpeg decodes these to the very bits that Pillow does, in less time. Of the rest Pillow
     knows what to do or to say.
@@ -115,6 +126,8 @@ def _plain_jpeg(data: bytes, *, comments: bool = True) -> Pixels | None:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         if space not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
             return None
+        if height == width == blue_first:
+            return simplejpeg.decode_jpeg(data, "BGR")[..., ::-1]
         return simplejpeg.decode_jpeg(data)
     except (ValueError, IndexError):
         return None

@@ -39,7 +39,7 @@ class Statistics:
     images: int
 
     def colour(self, scale: Scale = "eigenvalues") -> NDArray[np.float64]:
-        """Eigenvectors, each times its scale: float64 [3, 3], which `colour_shift` takes.
+        """Eigenvectors, each times its scale: float64 [3, 3], which `colour_shifts` takes.
 
         The paper scales by eigenvalues, the source of 2012 by "deviations", their square roots.
         Raises ValueError for another `scale`.

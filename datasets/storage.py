@@ -305,14 +305,30 @@ def opened(url: str, mode: str = "rb", **options: Any) -> Iterator[Any]:
 def parquet(path: str, footer: Any = None) -> Iterator[Any]:
     """The `pyarrow.parquet.ParquetFile` at a path or URL, with its `footer` if that was read.
 
-    Raises DataError, naming the file, for whatever goes wrong in reading it but a store that fails,
-    which is for `persistent`.
+    Raises DataError as `parquet_errors` has it.
     """
-    try:
+    with parquet_errors(path):
         fs, inner = storage(path)
         # fsspec would read megabytes ahead, which a reader of single row groups throws away.
         with fs.open(inner, "rb", cache_type="none") as file:
             yield pq.ParquetFile(file, metadata=footer, pre_buffer=True)
+
+
+def open_parquet(path: str) -> Any:
+    """The `pyarrow.parquet.ParquetFile` at a local path, to be kept open: read where it stands, not
+    fetched in one piece first. Raises what `parquet_errors` is for.
+    """
+    fs, inner = storage(path)
+    return pq.ParquetFile(fs.open(inner, "rb"))
+
+
+@contextmanager
+def parquet_errors(path: str) -> Iterator[None]:
+    """Raises DataError, naming the file, for whatever goes wrong in reading it but a store that
+    fails, which is for `persistent`.
+    """
+    try:
+        yield
     except DataError:
         raise
     except FileNotFoundError:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from datasets.augmentation import Augmentation, generator, train_crop
+from datasets.augmentation import Augmentation, draws, train_crop
 from pipeline.description import describe
 from pipeline.network import build
 from workers.claims import REFUTED, SUPPORTED
@@ -72,7 +72,7 @@ def positions() -> Count:
     aug, seen = Augmentation(side, crop), set[tuple[int, int]]()
     last = 0
     for draw in range(1_000_000):
-        made = train_crop(pixels, aug, generator(0, 0, draw))
+        made = train_crop(pixels, aug, draws(0, 0, [draw])[0][0])
         corner = int(made[0, 0, 0]) * side + int(made[0, 0, 1]), int(made[0, -1, 1])
         if corner not in seen:
             seen.add(corner)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from datasets import DataError
 from datasets.augmentation import (
+    MIRRORED,
     Augmentation,
+    Batch,
     Loader,
     centre_crop,
-    colour_shift,
+    colour_shifts,
+    draws,
     generator,
+    put,
     ten_crops,
     train_crop,
 )
-from datasets.images import encode
+from datasets.images import decode, encode
 from datasets.layout import Dataset
 from datasets.shards import open_dataset, write_manifest, write_split
 
@@ -33,10 +39,9 @@ def test_train_crop_equals_pad_then_crop_then_mirror(
     side: int, crop: int, pad: int, mirror: bool, seed: int
 ) -> None:
     pixels = picture(side, side, seed)
-    got = train_crop(
-        pixels, Augmentation(side, crop, pad=pad, mirror=mirror), generator(seed, 0, 0)
-    )
-    a, b, c = generator(seed, 0, 0).random(3)
+    (drawn,), _ = draws(seed, 0, [0])
+    a, b, c = drawn
+    got = train_crop(pixels, Augmentation(side, crop, pad=pad, mirror=mirror), drawn)
     padded = np.pad(pixels, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
     top, left = (int(d * (side + 2 * pad - crop + 1)) for d in (a, b))
     want = padded[top : top + crop, left : left + crop]
@@ -45,27 +50,44 @@ def test_train_crop_equals_pad_then_crop_then_mirror(
     assert got.tolist() == want.tolist()
 
 
+@given(st.integers(1, 4), st.integers(1, 33), st.integers(0, 9), *[st.booleans()] * 2)
+def test_put_copies_whatever_the_memory_is_like(
+    height: int, width: int, left: int, mirror: bool, blue_first: bool
+) -> None:
+    pixels = picture(height, width + left)
+    if blue_first:
+        pixels = pixels[..., ::-1].copy()[..., ::-1]
+    pixels = pixels[:, left:]
+    if mirror:
+        pixels = pixels[:, ::-1]
+    out = np.zeros((height, width, 3), np.uint8)
+    put(pixels, out)
+    assert out.tolist() == pixels.tolist()
+
+
 def test_all_positions_and_both_sides_occur_equally_often() -> None:
     pixels = np.arange(9, dtype=np.uint8).reshape(3, 3, 1).repeat(3, axis=2)
     aug = Augmentation(3, 2)
-    crops = [tuple(train_crop(pixels, aug, generator(0, 0, r))[..., 0].flat) for r in range(4000)]
+    drawn, _ = draws(0, 0, range(4000))
+    crops = [tuple(train_crop(pixels, aug, each)[..., 0].flat) for each in drawn]
     counts = np.array([crops.count(c) for c in set(crops)])
     assert len(counts) == 2 * 2 * 2
     assert counts.min() > 420
     assert counts.max() < 580
 
 
-def test_turning_one_off_leaves_the_others_draws() -> None:
-    def draws(**changes: object) -> tuple[np.ndarray, np.ndarray]:
-        rng = generator(1, 2, 3)
-        aug = Augmentation(20, 12, **changes)  # type: ignore[arg-type]
-        return train_crop(picture(20, 20), aug, rng), colour_shift(np.eye(3), 0.1, rng)
+def test_turning_one_off_leaves_the_others_draws(tmp_path: Path) -> None:
+    data = dataset(tmp_path, [encode(picture(20, 20, i)) for i in range(8)], 20)
 
-    crop, shift = draws()
-    same_place, same_shift = draws(mirror=False)
-    assert crop.tolist() in (same_place.tolist(), same_place[:, ::-1].tolist())
-    assert same_shift.tolist() == shift.tolist()
-    assert draws(random_crop=False)[1].tolist() == shift.tolist()
+    def drawn(**changes: object) -> Batch:
+        aug = Augmentation(20, 12, **changes)  # type: ignore[arg-type]
+        return Loader(data, "train", aug, COLOUR, seed=1).load(np.arange(8), 2, True)
+
+    batch, unmirrored, centred = drawn(), drawn(mirror=False), drawn(random_crop=False)
+    for crop, same_place in zip(batch.crops, unmirrored.crops, strict=True):
+        assert crop.tolist() in (same_place.tolist(), same_place[:, ::-1].tolist())
+    assert batch.crops.tolist() != unmirrored.crops.tolist()
+    assert batch.shifts.tolist() == unmirrored.shifts.tolist() == centred.shifts.tolist()
 
 
 def test_centre_and_ten_crops() -> None:
@@ -79,16 +101,17 @@ def test_centre_and_ten_crops() -> None:
         assert got.tolist() == want.tolist()
 
 
-def test_colour_shift_is_the_papers_formula() -> None:
+def test_colour_shifts_are_the_papers_formula() -> None:
     vectors, values = (
         np.linalg.qr(picture(3, 3)[..., 0].astype(float))[0],
         np.array([0.2, 0.03, 0.01]),
     )
-    a = 0.1 * generator(0, 0, 0).standard_normal(3)
-    want = 255 * sum(vectors[:, i] * a[i] * values[i] for i in range(3))
-    got = colour_shift(vectors * values, 0.1, generator(0, 0, 0))
+    drawn = draws(0, 0, range(4))[1]
+    got = colour_shifts(vectors * values, 0.1, drawn)
     assert got.dtype == np.float32
-    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for shift, a in zip(got, 0.1 * drawn, strict=True):
+        want = 255 * sum(vectors[:, i] * a[i] * values[i] for i in range(3))
+        np.testing.assert_allclose(shift, want, rtol=1e-5)
 
 
 @given(st.tuples(*[st.integers(0, 2**40)] * 3), st.tuples(*[st.integers(0, 2**40)] * 3))
@@ -104,6 +127,9 @@ def test_the_draws_of_a_sample_are_the_same_for_ever() -> None:
     resumes it.
     """
     assert generator(3, 2, 1).random() == 0.42434656960793515
+    ours, rng = draws(3, 2, [0, 1]), generator(3, 2, 1)
+    assert ours[0][1].tolist() == rng.random(3).tolist()
+    assert ours[1][1].tolist() == rng.standard_normal(3).tolist()
 
 
 def test_numpys_integers_name_the_same_stream() -> None:
@@ -134,6 +160,12 @@ def test_no_crop_of_a_smaller_image(cut) -> None:  # type: ignore[no-untyped-def
         cut(picture(4, 9), 5)
 
 
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 COLOUR = np.diag([0.2, 0.03, 0.01])
 
 
@@ -159,6 +191,22 @@ def test_a_sample_is_the_same_in_any_batch(tmp_path: Path) -> None:
         assert one.shifts[0].tobytes() == batch.shifts[k].tobytes()
     other = Loader(data, "train", aug, COLOUR, seed=3).load(rows, 5, True)
     assert other.crops.tobytes() != batch.crops.tobytes()
+
+
+@pytest.mark.parametrize(("size", "pad"), [(None, 0), (20, 0), (20, 2)])
+def test_samples_are_what_is_decoded_cropped_and_mirrored(
+    tmp_path: Path, size: int | None, pad: int
+) -> None:
+    """JPEGs, of which mirrored ones are decoded otherwise, and other formats; of whatever size."""
+    sides = [(20, 20) if size else (20 + i % 3, 24) for i in range(12)]
+    images = [encode(picture(*side, i)) for i, side in enumerate(sides)]
+    images += [png(picture(*side, i)) for i, side in enumerate(sides)]
+    data, aug = dataset(tmp_path, images, size), Augmentation(20, 16, pad=pad)
+    batch = Loader(data, "train", aug, None, seed=3).load(np.arange(24), 4, True)
+    drawn, _ = draws(3, 4, range(24))
+    assert 6 < sum(drawn[:, 2] < MIRRORED) < 18
+    for image, each, crop in zip(images, drawn, batch.crops, strict=True):
+        assert crop.tolist() == train_crop(decode(image, "", 20), aug, each).tolist()
 
 
 def test_evaluation_takes_centres_without_shifts(tmp_path: Path) -> None:

@@ -22,6 +22,14 @@ def ramp(height: int = 6, width: int = 8) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def test_blue_is_first_in_memory_where_that_is_free() -> None:
+    jpeg, png = (stored(Image.fromarray(ramp(8, 8)), kind) for kind in ("JPEG", "PNG"))
+    for data, size, last in (jpeg, 8, -1), (jpeg, 4, 1), (png, 8, 1):
+        found = decode(data, "x", size, blue_first=True)
+        assert found.tolist() == decode(data, "x", size).tolist()
+        assert found.strides[2] == last
+
+
 def test_rgb_comes_back_as_it_was() -> None:
     assert decode(stored(Image.fromarray(ramp()), "PNG"), "x").tolist() == ramp().tolist()
 
