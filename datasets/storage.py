@@ -319,7 +319,7 @@ def open_parquet(path: str) -> Any:
     fetched in one piece first. Raises what `parquet_errors` is for.
     """
     fs, inner = storage(path)
-    return pq.ParquetFile(fs.open(inner, "rb"))
+    return pq.ParquetFile(fs.open(inner, "rb"), pre_buffer=False)
 
 
 @contextmanager
