@@ -74,6 +74,7 @@ class Rows:
     labelled: bool = True
     disk_bytes: float = 0
     _cache: OrderedDict[int, _Group] = field(default_factory=OrderedDict, init=False, repr=False)
+    _bytes: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._shards = self.dataset.shards(self.split)
@@ -168,16 +169,16 @@ class Rows:
 
     def _group(self, number: int) -> _Group:
         """A row group, kept for the next time."""
-        if number not in self._cache:
-            coming = self._coming.pop(number, None)
-            self._cache[number] = coming.result() if coming else self._fetch(number)
-        self._cache.move_to_end(number)
-        group = self._cache[number]
+        if number in self._cache:
+            self._cache.move_to_end(number)
+            return self._cache[number]
+        coming = self._coming.pop(number, None)
+        self._cache[number] = group = coming.result() if coming else self._fetch(number)
+        self._bytes += group.bytes
         while len(self._cache) > 1 and (
-            len(self._cache) > self.cache_groups
-            or sum(kept.bytes for kept in self._cache.values()) > self.cache_bytes
+            len(self._cache) > self.cache_groups or self._bytes > self.cache_bytes
         ):
-            self._cache.popitem(last=False)
+            self._bytes -= self._cache.popitem(last=False)[1].bytes
         return group
 
     def _fetch(self, number: int) -> _Group:
