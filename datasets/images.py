@@ -50,9 +50,9 @@ def decode(
     Grey, palette, CMYK and 16-bit images become RGB, transparency lies on black, the EXIF
     orientation is applied, and of a moving image the first frame counts. With `blue_first` a JPEG
     of that size comes as a view of memory in which blue is first, so that its mirror image is that
-    memory in reverse. Raises DataError, naming
-    `place`, if the bytes don't decode, the image is absurdly large (a decompression bomb) or has 32
-    bits a pixel and so no white that is known, or a side has less than `least` pixels.
+    memory in reverse. Raises DataError, naming `place`, if the bytes don't decode, the image is
+    absurdly large (a decompression bomb) or has 32 bits a pixel and so no white that is known, or a
+    side has less than `least` pixels.
     """
     pixels = _plain_jpeg(data, blue_first=size if blue_first else None)
     if pixels is None:

@@ -187,7 +187,7 @@ class Rows:
 
         def read() -> Any:
             if not self._far:
-                # Opened anew, and by threads, it takes four times as long.
+                # To open it anew, to fetch all first, and threads cost more than the reading.
                 with parquet_errors(shard.path):
                     file = self._opened(shard.path)
                     return file.read_row_group(index, columns=self._columns, use_threads=False)
