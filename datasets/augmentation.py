@@ -6,7 +6,7 @@ is turned on: the crop's row, its column, the mirror, three draws for the colour
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,9 +50,9 @@ class Augmentation:
         if self.crop > self.size:
             raise ValueError(f"crop is {self.crop}: size, {self.size}, at most")
 
-
-MIRRORED = 0.5
-"""Below which the draw for its mirror mirrors a crop: every other one."""
+    def mirrored(self, drawn: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which crops are mirror images by their `draws`, float64 [..., 3]: bool [...]."""
+        return self.mirror & (drawn[..., 2] < 0.5)
 
 
 def generator(seed: int, epoch: int, row: int) -> np.random.Generator:
@@ -61,14 +61,14 @@ def generator(seed: int, epoch: int, row: int) -> np.random.Generator:
 
 
 def draws(
-    seed: int, epoch: int, rows: Iterable[int]
+    seed: int, epoch: int, rows: Sequence[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """What is random about each of `rows`: float64 [n, 3], from 0 to below 1, for the row, column
     and mirror of its crop, and float64 [n, 3] of N(0, 1) for its colour.
     """
-    generators = [generator(seed, epoch, row) for row in rows]
-    crops, colours = np.empty((2, len(generators), 3))
-    for rng, crop, colour in zip(generators, crops, colours, strict=True):
+    crops, colours = np.empty((2, len(rows), 3))
+    for row, crop, colour in zip(rows, crops, colours, strict=True):
+        rng = generator(seed, epoch, row)
         rng.random(out=crop)
         rng.standard_normal(out=colour)
     return crops, colours
@@ -91,7 +91,7 @@ def train_crop(pixels: Pixels, aug: Augmentation, drawn: NDArray[np.float64]) ->
             pixels = pixels[top : top + aug.crop, left : left + aug.crop]
     else:
         pixels = centre_crop(pixels, aug.crop)
-    return pixels[:, ::-1] if aug.mirror and drawn[2] < MIRRORED else pixels
+    return pixels[:, ::-1] if aug.mirrored(drawn) else pixels
 
 
 def centre_crop(pixels: Pixels, crop: int) -> Pixels:
@@ -222,21 +222,20 @@ class Loader:
         Raises DataError, naming file and row, unless bad rows are skipped.
         """
         batch, aug = self._empty(len(rows)), self.aug
-        crops, colours = draws(self.seed, epoch, rows.tolist() if train else ())
-        mirrored = set[int]()
-        if train and aug.mirror and not aug.pad:
-            mirrored.update(rows[crops[:, 2] < MIRRORED].tolist())
+        mirrored, shifts = set[int](), batch.shifts
+        if train:
+            crops, colours = draws(self.seed, epoch, rows.tolist())
+            mirrored.update(rows[aug.mirrored(crops)].tolist())
+            if self.colour is not None:
+                shifts = colour_shifts(self.colour, aug.colour, colours)
         samples = self._samples(rows, batch.faults, then, mirrored)
-        good = []
         for kept, (at, label, pixels) in enumerate(samples):
             if train:
                 put(train_crop(pixels, aug, crops[at]), batch.crops[kept])
             else:
                 batch.crops[kept] = centre_crop(pixels, aug.crop)
+            batch.shifts[kept] = shifts[at]
             batch.labels[kept], batch.rows[kept] = label, rows[at]
-            good.append(at)
-        if train and self.colour is not None:
-            batch.shifts[: len(good)] = colour_shifts(self.colour, aug.colour, colours[good])
         return _without(batch, len(batch.faults))
 
     def _samples(
@@ -252,7 +251,7 @@ class Loader:
         labels = self._cache.labels(rows)
         if then is not None:
             then = then[self._cache.labels(then) < 0]
-        blue_first = {row for row in mirrored if not self._cache.has_room(row)}
+        blue_first = {row for row in mirrored if not (self.aug.pad or self._cache.has_room(row))}
         others = self.images(rows[labels < 0], faults, then, blue_first)
         other = next(others, None)
         for at, (row, label) in enumerate(zip(rows.tolist(), labels.tolist(), strict=True)):

@@ -54,7 +54,7 @@ def decode(
     absurdly large (a decompression bomb) or has 32 bits a pixel and so no white that is known, or a
     side has less than `least` pixels.
     """
-    pixels = _plain_jpeg(data, blue_first=size if blue_first else None)
+    pixels = _plain_jpeg(data, blue_first_at=size if blue_first else None)
     if pixels is None:
         pixels = np.asarray(_rgb(data, place))
     height, width, _ = pixels.shape
@@ -110,10 +110,11 @@ def _jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def _plain_jpeg(
-    data: bytes, *, comments: bool = True, blue_first: int | None = None
+    data: bytes, *, comments: bool = True, blue_first_at: int | None = None
 ) -> Pixels | None:
-    """An upright JPEG in colour or grey, uint8 [H, W, 3], blue first in memory if that is its size;
-    None for all else, for what is damaged and, without `comments`, for one that has some.
+    """An upright JPEG in colour or grey, uint8 [H, W, 3]; of `blue_first_at` pixels each way, one
+    with blue first in memory. None for all else, for what is damaged and, without `comments`, for
+    one that has some.
 
     simplejpeg decodes these to the very bits that Pillow does, in less time. Of the rest Pillow
     knows what to do or to say.
@@ -126,7 +127,7 @@ def _plain_jpeg(
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         if space not in ("YCbCr", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
             return None
-        if height == width == blue_first:
+        if height == width == blue_first_at:
             return simplejpeg.decode_jpeg(data, "BGR")[..., ::-1]
         return simplejpeg.decode_jpeg(data)
     except (ValueError, IndexError):

@@ -74,12 +74,12 @@ class Rows:
     labelled: bool = True
     disk_bytes: float = 0
     _cache: OrderedDict[int, _Group] = field(default_factory=OrderedDict, init=False, repr=False)
-    _bytes: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._shards = self.dataset.shards(self.split)
         self._ends = np.cumsum(self.dataset.groups(self.split), dtype=np.int64)
         self._first = np.cumsum([0, *(len(shard.groups) for shard in self._shards)])
+        self._bytes = 0  # of what is in the cache
         self._footers: dict[int, Any] = {}  # of shards far away
         self._opened = lru_cache(OPEN)(open_parquet)
         self._columns = [self.dataset.image, *([self.dataset.label] if self.labelled else [])]

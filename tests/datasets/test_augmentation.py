@@ -13,7 +13,6 @@ from PIL import Image
 
 from datasets import DataError
 from datasets.augmentation import (
-    MIRRORED,
     Augmentation,
     Batch,
     Loader,
@@ -204,7 +203,7 @@ def test_samples_are_what_is_decoded_cropped_and_mirrored(
     data, aug = dataset(tmp_path, images, size), Augmentation(20, 16, pad=pad)
     batch = Loader(data, "train", aug, None, seed=3).load(np.arange(24), 4, True)
     drawn, _ = draws(3, 4, range(24))
-    assert 6 < sum(drawn[:, 2] < MIRRORED) < 18
+    assert 6 < sum(drawn[:, 2] < 0.5) < 18
     for image, each, crop in zip(images, drawn, batch.crops, strict=True):
         assert crop.tolist() == train_crop(decode(image, "", 20), aug, each).tolist()
 
