@@ -28,7 +28,7 @@ from datasets.augmentation import Augmentation, Loader
 from datasets.layout import Dataset
 from datasets.plan import Itinerary
 from datasets.shards import open_dataset
-from workers.fleet import FORESIGHT
+from workers.execution import FORESIGHT
 
 ROOM = 1e9
 """Bytes for row groups, which is more than these shards have."""

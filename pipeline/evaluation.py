@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline import NotANumber
 from pipeline.network import Network
 from pipeline.tower import Tower
-from pipeline.training import NotANumber
 
 TOP = 5  # classes that the truth may be among
 

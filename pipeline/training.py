@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline import native
+from pipeline import NotANumber, native
 from pipeline.crossing import Pair
 from pipeline.graph import Graph
 from pipeline.loss import cross_entropy
@@ -19,12 +19,6 @@ from pipeline.schedule import Kind, Line, Reducer, order
 from pipeline.tower import Dropout, Tower
 from pipeline.tracing import Trace, clock
 from pipeline.waiting import TIMEOUT, all_reduce, watch
-
-
-class NotANumber(RuntimeError):
-    """The loss, or what a network makes of images, is no finite number; a step that would have
-    followed did not change weights.
-    """
 
 
 @dataclass(frozen=True)

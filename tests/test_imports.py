@@ -46,8 +46,8 @@ def test_pipeline_imports_where_there_is_torch_alone() -> None:
     ("module", "absent"),
     [
         ("workers.cli", {"torch", "ray", "pyarrow"}),
-        ("workers.towers", {"ray.data", "pandas", "torch.distributed.checkpoint"}),
-        ("workers.feed", {"torch", "ray.data", "pandas"}),  # towers have a handle of it
+        ("workers.supervisor", {"torch", "ray.data", "pandas"}),
+        ("workers.rank", {"ray.data", "pandas", "torch.distributed.checkpoint"}),
     ],
 )
 def test_nothing_is_imported_that_a_start_has_to_wait_for(module: str, absent: set[str]) -> None:

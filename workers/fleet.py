@@ -7,21 +7,9 @@ makes a block, how many actors there are and which of them die changes nothing i
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import ray
-from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
-from ray.data._internal.execution.interfaces import TaskContext
-from ray.data._internal.logical.interfaces import LogicalPlan
-from ray.data._internal.logical.operators import FromBlocks
-from ray.data._internal.stats import DatasetStats
-from ray.data.block import BlockMetadataWithSchema
-from ray.data.dataset import MaterializedDataset
 
 from datasets import DataError
 from datasets.augmentation import Augmentation, Batch, Loader
@@ -29,15 +17,12 @@ from datasets.layout import Dataset
 from datasets.plan import Itinerary, RowNumbers
 from datasets.statistics import Statistics
 from workers.config import Config
-from workers.parts import READ_AHEAD, Packed, Part, pack
+from workers.parts import Packed, Part
 from workers.placement import Placement
 from workers.pool import Pool
 from workers.watch import Watch
 
 SEGMENT = 16384  # blocks of one execution; Ray Data wants to know all of its input at the start
-AHEAD = 4, 8  # blocks that an augmenter works on or has next, for large and for small ones
-AHEAD_BYTES = 16 << 20  # of crops, if that is between the two
-FORESIGHT = 3  # items that an augmenter expects, whose images begin to come from far away
 
 
 class Fleet:
@@ -132,104 +117,10 @@ class Fleet:
     def _execute(self, blocks: range, watch: Watch) -> Iterator[Packed]:
         if self.pool:
             watch.pooled = len(self.pool.augmenters)
-            yield from self.pool.parts(self, map(self.named, blocks))
-            return
-        low, high = self.config.fleet
-        resources = dict(self.where.augmenter)
-        running = self._set_context(watch, high)
-        parts = _alike(len(blocks)).map_batches(
-            Augmenter,
-            fn_constructor_args=(self, blocks),
-            batch_size=1,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            num_cpus=resources.pop("CPU"),
-            resources=resources or None,
-            compute=ActorPoolStrategy(
-                min_size=low,
-                max_size=high,
-                initial_size=low,
-                max_tasks_in_flight_per_actor=running,
-            ),
-        )
-        bundles = parts.iter_internal_ref_bundles()
-        made = (block for bundle in bundles for block in bundle.blocks)
-        for pixels in made:
-            rest = next(made) if self.apart else pixels
-            yield Packed(pixels.ref, rest.ref, pixels.metadata.exec_stats.node_id)
+            return self.pool.parts(self, map(self.named, blocks))
+        from workers.execution import execute  # Ray Data, which a supervisor does without
 
-    def _set_context(self, watch: Watch, high: int) -> int:
-        """Ray Data's settings of this process: order kept, memory bounded, silence.
-
-        Returns how many blocks each augmenter is to have at a time.
-        """
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        size = part_bytes(self.config, self.crop)
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        # Each half of a part is to be a block of its own, where there are halves.
-        context.target_max_block_size = 1 if self.apart else size
-        context.custom_execution_callback_classes = [watch.callback()]
-        options = context.execution_options
-        options.preserve_order = True
-        memory = store_bytes(self.config, self.crop, high)
-        options.resource_limits = ExecutionResources.for_limits(object_store_memory=memory)
-        return blocks_ahead(size)
-
-
-class Augmenter:
-    """One actor of the fleet."""
-
-    def __init__(self, fleet: Fleet, blocks: range) -> None:
-        self.fleet, self.blocks = fleet, blocks
-        self.loaders: dict[str, Loader] = {}
-        self.last = blocks.start // fleet.replicas  # item that it made
-        self.node = ray.get_runtime_context().get_node_id()
-
-    def __call__(self, _: pa.Table) -> Iterator[pa.Table]:
-        task = TaskContext.get_current()
-        assert task
-        index, replica = self.fleet.named(self.blocks[task.task_idx])
-        # It gets every so many-th item, about as many as there are augmenters.
-        step = max(1, index - self.last)
-        self.last = index
-        then = range(index + step, index + step * FORESIGHT + 1, step)
-        part = self.fleet.load(index, replica, self.loaders, then)
-        yield from pack(replace(part, node=self.node), self.fleet.apart)
-
-
-def _alike(n: int) -> Any:
-    """A Ray Data set of `n` blocks, all of them the same empty one: a task knows by its number what
-    to make. `ray.data.from_blocks` would take a millisecond to store each.
-    """
-    block = pa.table({"none": [None]})
-    named = [BlockMetadataWithSchema.from_block(block)] * n
-    source = FromBlocks([ray.put(block)] * n, named)
-    context = DataContext.get_current().copy()
-    stats = DatasetStats(metadata={"FromBlocks": named[:1]}, parent=None)
-    return MaterializedDataset(LogicalPlan(source, context), context, stats)
-
-
-def part_bytes(config: Config, crop: int) -> int:
-    """Of one replica's part of a batch."""
-    return -(-config.batch // config.replicas) * (crop * crop * 3 + 32) + 4096
-
-
-def store_bytes(config: Config, crop: int, augmenters: int) -> int:
-    """Of the object store for so many augmenters: what lives, from a task's start until the towers
-    let go of the block.
-    """
-    size = part_bytes(config, crop)
-    living = config.replicas * READ_AHEAD + augmenters * (blocks_ahead(size) + 1)
-    return living * size
-
-
-def blocks_ahead(size: int) -> int:
-    """How many blocks of so many bytes an augmenter has at a time.
-
-    Ray Data looks after its actors ten times a second: what they have must last till then.
-    """
-    return min(max(AHEAD_BYTES // size, AHEAD[0]), AHEAD[1])
+        return execute(self, blocks, watch)
 
 
 def _fault(crop: int, error: str) -> Part:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-from pipeline import checkpoint
 from workers.config import UserError
 from workers.run import RunFolder
-
-if TYPE_CHECKING:
-    from workers.towers import Job
+from workers.towers import Job
 
 
-def position(folder: RunFolder, job: Job) -> tuple[str | None, int]:
+def position(
+    folder: RunFolder, job: Job, known: Mapping[int, bool] | None = None
+) -> tuple[str | None, int]:
     """A run's last checkpoint, None if there is none yet, and the item of its itinerary to go on
-    with: read from the checkpoint's progress, without its tensors.
+    with: read from the checkpoint's progress, without its tensors, unless its step is `known`, and
+    whether it has that step's evaluation.
 
     Raises UserError if it is damaged, not of the job's network and order of images, or has more
     steps than the job is to have.
@@ -22,7 +22,11 @@ def position(folder: RunFolder, job: Job) -> tuple[str | None, int]:
     kept, itinerary = folder.checkpoints(), job.itinerary
     if not kept:
         return None, 0
-    last = folder.checkpoint(kept[-1])
+    step, last = kept[-1], folder.checkpoint(kept[-1])
+    if known and step in known:
+        return last, itinerary.after(step, known[step])
+    from pipeline import checkpoint  # torch, which takes longer to import than a run to go on
+
     try:
         checkpoint.check(last, job.config.build(job.classes))
         progress = checkpoint.read_progress(last)

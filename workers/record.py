@@ -19,10 +19,16 @@ if TYPE_CHECKING:
 
 
 class Record:
-    """Of one run; `saved` is called with the step of each checkpoint that is complete."""
+    """Of one run; `saved` is called with the step of each checkpoint that is complete, and whether
+    that has the step's evaluation.
+    """
 
     def __init__(
-        self, job: Job, folder: RunFolder, progress: Progress, saved: Callable[[int], object]
+        self,
+        job: Job,
+        folder: RunFolder,
+        progress: Progress,
+        saved: Callable[[int, bool], object],
     ) -> None:
         self.job, self.folder, self.progress, self.saved = job, folder, progress, saved
         self.evaluations: list[dict[str, Any]] = []  # so far, in the order of steps
@@ -51,7 +57,7 @@ class Record:
             self.later(self.folder.publish)  # who goes on from there may lack no line before it
         elif kind == "checkpoint":
             errors = {line["step"]: line["top1_error"] for line in self.evaluations}
-            self.saved(report["step"])
+            self.saved(report["step"], report.pop("evaluated"))
             self.folder.event("checkpoint", **report)
             self.later(self.folder.publish)
             self.later(partial(self.folder.prune, self.job.config.keep, errors))

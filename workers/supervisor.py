@@ -17,14 +17,15 @@ from datasets.plan import Itinerary
 from datasets.shards import open_dataset
 from datasets.statistics import Statistics
 from datasets.storage import passing
+from pipeline import NotANumber
 from workers import cluster, placement
+from workers.actors import Actors
 from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import check_classes, classes_of, drawn, keep, known_statistics, measured
 from workers.errors import RunFailed
 from workers.fleet import Fleet
 from workers.guard import in_order
-from workers.initial import read_initial
 from workers.patience import patiently
 from workers.placement import Placement
 from workers.pool import Pool
@@ -32,12 +33,12 @@ from workers.position import position
 from workers.progress import Progress
 from workers.record import Record
 from workers.run import RunFolder
+from workers.towers import Job
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
-    from workers.actors import Actors
-    from workers.towers import Job
+    from workers.initial import Initial
 
 LOOK_SECONDS = 2.0  # between looks at what `towers scale` wants
 PLACES = ("nodes", "lost")  # of the fleet: those it has parts of now, those that are gone
@@ -66,7 +67,7 @@ def train(
         dataset.shards("train")
         check_classes(dataset)
     folder = RunFolder(config, resume=None if deaths else resume)
-    initial = read_initial(config) if config.init and not folder.checkpoints() else None
+    initial = _initial(config) if config.init and not folder.checkpoints() else None
     with connected(), folder.held(progress.say):
         where = placement.place(config, progress.say, pool.runs if pool else 0)
         if deaths:  # nobody was asked, so the weights are to have the bits that they would have had
@@ -101,6 +102,12 @@ def train(
             return run.result()
 
 
+def _initial(config: Config) -> Initial:
+    from workers.initial import read_initial  # torch, which all else here does without
+
+    return read_initial(config)
+
+
 def _job(
     config: Config,
     where: Placement,
@@ -108,8 +115,6 @@ def _job(
     statistics: Statistics,
     folder: RunFolder,
 ) -> Job:
-    from workers.towers import Job
-
     held_out = dataset.held_out
     itinerary = Itinerary(
         dataset.groups("train"),
@@ -142,14 +147,13 @@ class _Run:
         self.deaths = deaths
         self.restarts, self.row = 0, 0  # in all, and since the last checkpoint
         self.made, self.progressed = False, progressed
+        self.evaluated: dict[int, bool] = {}  # of our own checkpoints, by step
         self.record = Record(job, folder, progress, self._saved)
         self.stopping, self.stopped = "", False  # the signal that ends the run; whether it is heard
         self.augmenters, self.stalls, self.looked = job.config.augmenters, 0, 0.0
         self.seen: tuple[Any, ...] = ()
 
     def result(self) -> dict[str, Any]:
-        from workers.actors import Actors
-
         while True:
             group = self._reserved()
             try:
@@ -183,7 +187,7 @@ class _Run:
             raise RunFailed(f"{error}; {self._kept()}: --resume goes on from there") from None
 
     def _position(self) -> tuple[str | None, int]:
-        return patiently(partial(position, self.folder, self.job), self._check)
+        return patiently(partial(position, self.folder, self.job, self.evaluated), self._check)
 
     def _steps(self) -> list[int] | None:
         """Of the checkpoints, None if the store does not tell now."""
@@ -209,8 +213,6 @@ class _Run:
             raise cause from None
         kind = type(cause).__name__
         text = (str(cause).strip().splitlines() or ["no message"])[0]
-        from pipeline.training import NotANumber  # torch, which is there by now
-
         lost = [] if isinstance(cause, NotANumber) else actors.lost(cause)
         if not lost:
             why = f"{kind}: {textwrap.shorten(text, 300)}; {self._kept()}"
@@ -275,8 +277,8 @@ class _Run:
         sha = ray.get(towers[0].weights_sha256.remote(self.folder.checkpoint(last)))
         return self.record.end(last, sha, self.restarts)
 
-    def _saved(self, step: int) -> None:
-        self.row = 0
+    def _saved(self, step: int, evaluated: bool) -> None:
+        self.row, self.evaluated[step] = 0, evaluated
         if self.progressed:
             self.progressed(step)
 

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datasets.statistics import Statistics
-from pipeline import checkpoint
+from pipeline import NotANumber, checkpoint
 from pipeline.evaluation import Classifier
 from pipeline.network import Network
-from pipeline.training import NotANumber
 from pipeline.weights import shaped
 from workers.config import Config, UserError, bare, configure
 from workers.data import CLASSES, Classes, classes_of, kept_classes, known_statistics, training_data

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline import NotANumber
 from pipeline.evaluation import Classifier, Verdicts, average, best, judge
 from pipeline.loss import cross_entropy
 from pipeline.network import build
 from pipeline.optimizer import SGD
 from pipeline.tower import Tower
-from pipeline.training import Images, NotANumber, Trainer
+from pipeline.training import Images, Trainer
 
 NETWORK = build("cifar", 7)
 

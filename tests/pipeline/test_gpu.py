@@ -14,9 +14,8 @@ import torch
 from forms import CUDA, GPU, WHY_NOT
 from ranks import assert_same, assert_totals, batch, make_trainer, mean_image
 
-from pipeline import checkpoint, host
+from pipeline import NotANumber, checkpoint, host
 from pipeline.network import build
-from pipeline.training import NotANumber
 
 on_gpu = pytest.mark.skipif(not CUDA, reason="no GPU")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -22,9 +22,10 @@ from ranks import (
 )
 from torch import Tensor
 
+from pipeline import NotANumber
 from pipeline.mesh import Mesh
 from pipeline.network import build
-from pipeline.training import Images, NotANumber, Totals, Trainer
+from pipeline.training import Images, Totals, Trainer
 
 NETWORK = build("alexnet-mini", 10)
 

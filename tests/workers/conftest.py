@@ -74,6 +74,9 @@ def _own(request: pytest.FixtureRequest) -> None:
 def _end() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")  # the tests here are of towers on CPUs
+        # Each Ray of this process but the first would leave a thread that sends it metrics when it
+        # is gone, and may end the process by SIGSEGV.
+        patch.setenv("RAY_enable_open_telemetry", "0")
         yield
         ray.shutdown()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from datasets.plan import Itinerary
 from pipeline.optimizer import SGD
 from pipeline.tower import Tower
 from pipeline.training import Images, Totals, Trainer
-from workers import towers
+from workers import rank
 from workers.config import UserError, configure
 from workers.placement import decide
+from workers.position import position
 from workers.progress import Progress
+from workers.rank import Rank
 from workers.record import Record
 from workers.run import CONFIG, EVENTS, RunFolder, read_lines
-from workers.towers import Job, TowerActor
+from workers.towers import Job
 
 SIDE, CLASSES = 32, 10
 MEAN = np.full((SIDE, SIDE, 3), 120, np.float32)
@@ -58,18 +61,18 @@ class Noise:
         return images(self.itinerary, self.item - 1)
 
 
-Trained = tuple[TowerActor, list[dict[str, Any]]]
+Trained = tuple[Rank, list[dict[str, Any]]]
 
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trained]:
     """Goes through an itinerary on noise; the tower and its reports."""
-    monkeypatch.setattr(towers, "Stream", Noise)
-    monkeypatch.setattr(towers.host, "prepare", lambda *_: None)  # this process is not its own
+    monkeypatch.setattr(rank, "Stream", Noise)
+    monkeypatch.setattr(rank.host, "prepare", lambda *_: None)  # this process is not its own
     (tmp_path / CONFIG).touch()
 
     def trained(itinerary: Itinerary, **options: Any) -> Trained:
-        actor = TowerActor(job(str(tmp_path), itinerary, **options), 0)
+        actor = Rank(job(str(tmp_path), itinerary, **options), 0)
         actor.join(("", 0), None)
         return actor, list(actor.train(itinerary, 0))
 
@@ -106,6 +109,21 @@ def test_a_tower_trains_as_its_configuration_says(train: Callable[..., Trained])
     assert [name for name, p in tower.weights().items() if not torch.equal(found[name], p)] == []
 
 
+def test_a_run_goes_on_from_a_checkpoint_as_it_was_told_and_as_it_is_read(
+    train: Callable[..., Trained], tmp_path: Path
+) -> None:
+    itinerary = Itinerary([8], ("val", [4]), batch=4, seed=0, epochs=2)
+    rank, reports = train(itinerary, epochs=2, checkpoint_every=1)
+    told = {r["step"]: r["evaluated"] for r in reports if r["kind"] == "checkpoint"}
+    assert told == {1: False, 2: True, 3: False, 4: True}
+    folder = RunFolder(rank.job.config, resume=None)
+    for step in reversed(told):
+        found = position(folder, rank.job)
+        assert position(folder, rank.job, told) == found
+        assert found[0] == folder.checkpoint(step)
+        shutil.rmtree(folder.checkpoint(step))
+
+
 def test_a_run_that_stops_tells_of_all_its_steps(
     train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +155,7 @@ def test_a_failed_gpu_ends_its_tower(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
 def test_a_gpu_that_torch_cannot_use_is_a_line() -> None:
     with pytest.raises(UserError, match=r"torch .* cannot use the GPU of .*: .*; --device cpu"):
-        towers._gpu()
+        rank._gpu()
 
 
 STILL = {"rate": 1e-9}  # at which no error changes
@@ -187,9 +205,11 @@ def test_of_the_checkpoints_the_newest_and_the_best_are_kept() -> None:
     folder = RunFolder(about.config, resume=None)
     folder.create()
     try:
-        record = Record(
-            about, folder, Progress(), lambda step: saved.append([step, *folder.checkpoints()])
-        )
+
+        def note(step: int, evaluated: bool) -> None:
+            saved.append([step * evaluated, *folder.checkpoints()])
+
+        record = Record(about, folder, Progress(), note)
         for step, wrong in ((1, 5), (2, 2), (3, 1), (4, 3)):
             line = {"step": step, "epoch": step - 1, "images": 10}
             line |= Totals(10, 20.0, wrong, 0).means()
@@ -200,7 +220,8 @@ def test_of_the_checkpoints_the_newest_and_the_best_are_kept() -> None:
             for file in ("__0_0.distcp", ".metadata"):
                 folder.fs.pipe_file(f"{folder.path}/checkpoints/step-{step:08d}/{file}", b"")
             path = folder.checkpoint(step)
-            record.take({"kind": "checkpoint", "step": step, "path": path}, None)
+            written = {"step": step, "path": path, "evaluated": True}
+            record.take({"kind": "checkpoint", **written}, None)
         assert folder.checkpoints() == [2, 4]
         assert saved == [[1, 1], [2, 1, 2], [4, 2, 4]]
         events = read_lines(url, EVENTS)  # published with the checkpoint
