@@ -41,6 +41,7 @@ hostname {name}; echo '127.0.0.1 localhost {name}' > /run/hosts; mount --bind /r
 true > /run/names; mount --bind /run/names /etc/resolv.conf  # or each name is waited for
 cp /mnt/key .ssh/id_ed25519; cp /mnt/key.pub .ssh/authorized_keys; chmod -R go= .ssh
 ln -s {venv} venv; ln -s /mnt/cache .cache; echo {role} > towers.role
+echo export AUTOSCALER_UPDATE_INTERVAL_S=1 > .bashrc  # else every 5 s
 ip link set lo up
 echo ready
 read -r network  # there now
