@@ -1,4 +1,4 @@
-"""The augmentation fleet: a Ray Data execution whose blocks are the batches of an itinerary.
+"""The augmentation fleet: what each block of its execution holds of an itinerary's batches.
 
 A block of its input names one item of the itinerary and one replica, the block of its output is
 that replica's part of the batch: read, decoded, cropped, packed. The plan is pure, so which actor

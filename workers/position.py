@@ -25,7 +25,7 @@ def position(
     step, last = kept[-1], folder.checkpoint(kept[-1])
     if known and step in known:
         return last, itinerary.after(step, known[step])
-    from pipeline import checkpoint  # torch, which takes longer to import than a run to go on
+    from pipeline import checkpoint  # torch, which a supervisor mostly does without
 
     try:
         checkpoint.check(last, job.config.build(job.classes))
