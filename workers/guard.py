@@ -21,7 +21,7 @@ PROGRESS, ENDED = b"p", b"e"  # what a child notes in its pipe
 def guarded(work: Callable[[int, Callable[[], object]], int], limit: int) -> int:
     """The exit code of `work`, which runs in a child process, and in another one if that is killed,
     is ended from outside Python or ends with `AGAIN`; in a row, without progress, `limit` times at
-    most.
+    most. What kills the child once `work` has returned changes nothing.
 
     `work` is called with the number of children before it and with what it is to call at each
     progress. Signals that end a program are passed on to the child, and it ends in order if this
@@ -37,16 +37,21 @@ def guarded(work: Callable[[int, Callable[[], object]], int], limit: int) -> int
             os.set_blocking(write, False)
             note = lru_cache(partial(_note, write))  # each note once is enough
             try:
-                return work(deaths, partial(note, PROGRESS))
-            finally:
+                code = work(deaths, partial(note, PROGRESS))
+            except BaseException:
                 note(ENDED)
+                raise
+            note(ENDED + bytes([code]))
+            return code
         os.close(write)
         status = _wait(child)
-        notes = os.read(read, len(PROGRESS + ENDED))
+        progress, ended, returned = os.read(read, len(PROGRESS + ENDED) + 1).partition(ENDED)
         os.close(read)
-        row = 0 if PROGRESS in notes else row
+        row = 0 if progress else row
+        if returned and returned[0] != AGAIN:  # libraries may crash in the exit that follows
+            return returned[0]
         # Ray ends a process that has lost it, without a word to Python.
-        in_order = os.WIFEXITED(status) and ENDED in notes
+        in_order = os.WIFEXITED(status) and ended
         if in_order and os.WEXITSTATUS(status) != AGAIN:
             return os.WEXITSTATUS(status)
         name = "lost its Ray" if os.WIFEXITED(status) else _signal(os.WTERMSIG(status))

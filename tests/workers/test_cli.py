@@ -303,6 +303,23 @@ guarded(work, 1)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "in order\n", "")
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_run_that_ended_is_not_begun_again_whatever_its_process_dies_of(code: int) -> None:
+    program = f"""
+import atexit, os, sys
+from workers.guard import guarded
+
+def work(deaths, progressed):
+    progressed()
+    atexit.register(os.abort)
+    return {code}
+
+sys.exit(guarded(work, 1))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
 def test_a_run_goes_on_without_its_terminal() -> None:
     ours, terminal = pty.openpty()
     out = os.fdopen(terminal, "w")
