@@ -1,4 +1,4 @@
-"""A fleet's execution by Ray Data: which actors make its blocks, and how far ahead."""
+"""A fleet's execution by Ray Data: which actors make its blocks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,10 @@ from ray.data.block import BlockMetadataWithSchema
 from ray.data.dataset import MaterializedDataset
 
 from datasets.augmentation import Loader
-from workers.config import Config
-from workers.fleet import Fleet
-from workers.parts import READ_AHEAD, Packed, pack
+from workers.fleet import Fleet, blocks_ahead, part_bytes, store_bytes
+from workers.parts import Packed, pack
 from workers.watch import Watch
 
-AHEAD = 4, 8  # blocks that an augmenter works on or has next, for large and for small ones
-AHEAD_BYTES = 16 << 20  # of crops, if that is between the two
 FORESIGHT = 3  # items that an augmenter expects, whose images begin to come from far away
 
 
@@ -105,25 +102,3 @@ def _alike(n: int) -> Any:
     context = DataContext.get_current().copy()
     stats = DatasetStats(metadata={"FromBlocks": named[:1]}, parent=None)
     return MaterializedDataset(LogicalPlan(source, context), context, stats)
-
-
-def part_bytes(config: Config, crop: int) -> int:
-    """Of one replica's part of a batch."""
-    return -(-config.batch // config.replicas) * (crop * crop * 3 + 32) + 4096
-
-
-def store_bytes(config: Config, crop: int, augmenters: int) -> int:
-    """Of the object store for so many augmenters: what lives, from a task's start until the towers
-    let go of the block.
-    """
-    size = part_bytes(config, crop)
-    living = config.replicas * READ_AHEAD + augmenters * (blocks_ahead(size) + 1)
-    return living * size
-
-
-def blocks_ahead(size: int) -> int:
-    """How many blocks of so many bytes an augmenter has at a time.
-
-    Ray Data looks after its actors ten times a second: what they have must last till then.
-    """
-    return min(max(AHEAD_BYTES // size, AHEAD[0]), AHEAD[1])

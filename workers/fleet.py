@@ -17,12 +17,14 @@ from datasets.layout import Dataset
 from datasets.plan import Itinerary, RowNumbers
 from datasets.statistics import Statistics
 from workers.config import Config
-from workers.parts import Packed, Part
+from workers.parts import READ_AHEAD, Packed, Part
 from workers.placement import Placement
 from workers.pool import Pool
 from workers.watch import Watch
 
 SEGMENT = 16384  # blocks of one execution; Ray Data wants to know all of its input at the start
+AHEAD = 4, 8  # blocks that an augmenter works on or has next, for large and for small ones
+AHEAD_BYTES = 16 << 20  # of crops, if that is between the two
 
 
 class Fleet:
@@ -121,6 +123,28 @@ class Fleet:
         from workers.execution import execute  # Ray Data, which a supervisor does without
 
         return execute(self, blocks, watch)
+
+
+def part_bytes(config: Config, crop: int) -> int:
+    """Of one replica's part of a batch."""
+    return -(-config.batch // config.replicas) * (crop * crop * 3 + 32) + 4096
+
+
+def store_bytes(config: Config, crop: int, augmenters: int) -> int:
+    """Of the object store for so many augmenters: what lives, from a task's start until the towers
+    let go of the block.
+    """
+    size = part_bytes(config, crop)
+    living = config.replicas * READ_AHEAD + augmenters * (blocks_ahead(size) + 1)
+    return living * size
+
+
+def blocks_ahead(size: int) -> int:
+    """How many blocks of so many bytes an augmenter has at a time.
+
+    Ray Data looks after its actors ten times a second: what they have must last till then.
+    """
+    return min(max(AHEAD_BYTES // size, AHEAD[0]), AHEAD[1])
 
 
 def _fault(crop: int, error: str) -> Part:

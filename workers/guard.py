@@ -48,12 +48,11 @@ def guarded(work: Callable[[int, Callable[[], object]], int], limit: int) -> int
         progress, ended, returned = os.read(read, len(PROGRESS + ENDED) + 1).partition(ENDED)
         os.close(read)
         row = 0 if progress else row
-        if returned and returned[0] != AGAIN:  # libraries may crash in the exit that follows
-            return returned[0]
         # Ray ends a process that has lost it, without a word to Python.
-        in_order = os.WIFEXITED(status) and ended
-        if in_order and os.WEXITSTATUS(status) != AGAIN:
-            return os.WEXITSTATUS(status)
+        code = os.WEXITSTATUS(status) if ended and os.WIFEXITED(status) else AGAIN
+        code = returned[0] if returned else code  # libraries may crash in the exit that follows
+        if code != AGAIN:
+            return code
         name = "lost its Ray" if os.WIFEXITED(status) else _signal(os.WTERMSIG(status))
         if _told or row >= limit:
             print(f"towers: the run's supervisor {name}; --resume goes on", file=sys.stderr)

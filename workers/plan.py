@@ -12,7 +12,7 @@ from pipeline.description import Cost, describe, kept
 from pipeline.mesh import Mesh
 from pipeline.network import Network
 from workers.config import Config, UserError
-from workers.execution import store_bytes
+from workers.fleet import store_bytes
 from workers.progress import megabytes, table
 from workers.rates import Rates
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from workers.config import UserError
 from workers.run import RunFolder
 from workers.towers import Job
 
 
-def position(
-    folder: RunFolder, job: Job, known: Mapping[int, bool] | None = None
-) -> tuple[str | None, int]:
+def position(folder: RunFolder, job: Job, known: Mapping[int, bool]) -> tuple[str | None, int]:
     """A run's last checkpoint, None if there is none yet, and the item of its itinerary to go on
     with: read from the checkpoint's progress, without its tensors, unless its step is `known`, and
     whether it has that step's evaluation.
@@ -23,7 +22,7 @@ def position(
     if not kept:
         return None, 0
     step, last = kept[-1], folder.checkpoint(kept[-1])
-    if known and step in known:
+    if step in known:
         return last, itinerary.after(step, known[step])
     from pipeline import checkpoint  # torch, which a supervisor mostly does without
 
@@ -44,5 +43,9 @@ def position(
             f"{last} has done {step} steps, and the run is to have {itinerary.total_steps}: "
             "more --epochs or --steps"
         )
-    evaluated = any(evaluation["step"] == step for evaluation in progress["evaluations"])
-    return last, itinerary.after(step, evaluated)
+    return last, itinerary.after(step, has_evaluation(step, progress["evaluations"]))
+
+
+def has_evaluation(step: int, evaluations: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether one of these evaluations is of the weights after `step`."""
+    return any(evaluation["step"] == step for evaluation in evaluations)

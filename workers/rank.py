@@ -27,6 +27,7 @@ from workers.config import UserError
 from workers.errors import first_line
 from workers.meter import Meter
 from workers.patience import PAUSES, patiently
+from workers.position import has_evaluation
 from workers.run import check_visible, checkpoint_url
 from workers.stream import Stream
 from workers.towers import Job
@@ -231,7 +232,7 @@ class Rank:
         if self.saved == self.progress["step"]:
             return
         self.saved = self.progress["step"]
-        self.judged = any(e["step"] == self.saved for e in self.progress["evaluations"])
+        self.judged = has_evaluation(self.saved, self.progress["evaluations"])
         path = checkpoint_url(self.job.folder, self.saved)
         if self.rank == 0:
             yield {"kind": "saving"}

@@ -29,7 +29,7 @@ from workers.guard import in_order
 from workers.patience import patiently
 from workers.placement import Placement
 from workers.pool import Pool
-from workers.position import position
+from workers.position import has_evaluation, position
 from workers.progress import Progress
 from workers.record import Record
 from workers.run import RunFolder
@@ -266,9 +266,7 @@ class _Run:
             self._heed(feed)
         steps = patiently(self.folder.checkpoints)
         total = itinerary.total_steps
-        judged = not itinerary.held_out or any(
-            evaluation["step"] == total for evaluation in self.record.evaluations
-        )
+        judged = not itinerary.held_out or has_evaluation(total, self.record.evaluations)
         if not (judged and steps and steps[-1] == total):
             self._check()
         if not steps:

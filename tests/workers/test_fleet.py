@@ -21,9 +21,8 @@ from datasets.plan import Itinerary
 from datasets.shards import open_dataset
 from datasets.statistics import Statistics
 from workers.config import configure
-from workers.execution import part_bytes, store_bytes
 from workers.feed import Feed
-from workers.fleet import Fleet
+from workers.fleet import Fleet, part_bytes, store_bytes
 from workers.measure import measure
 from workers.parts import Packed, Part, pack, unpack
 from workers.placement import Placement, cluster_nodes, decide

@@ -113,13 +113,13 @@ def test_a_run_goes_on_from_a_checkpoint_as_it_was_told_and_as_it_is_read(
     train: Callable[..., Trained], tmp_path: Path
 ) -> None:
     itinerary = Itinerary([8], ("val", [4]), batch=4, seed=0, epochs=2)
-    rank, reports = train(itinerary, epochs=2, checkpoint_every=1)
+    tower, reports = train(itinerary, epochs=2, checkpoint_every=1)
     told = {r["step"]: r["evaluated"] for r in reports if r["kind"] == "checkpoint"}
     assert told == {1: False, 2: True, 3: False, 4: True}
-    folder = RunFolder(rank.job.config, resume=None)
+    folder = RunFolder(tower.job.config, resume=None)
     for step in reversed(told):
-        found = position(folder, rank.job)
-        assert position(folder, rank.job, told) == found
+        found = position(folder, tower.job, {})
+        assert position(folder, tower.job, told) == found
         assert found[0] == folder.checkpoint(step)
         shutil.rmtree(folder.checkpoint(step))
 
