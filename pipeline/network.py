@@ -214,11 +214,11 @@ def alexnet_mini(classes: int) -> Network:
 
 
 def cifar(classes: int) -> Network:
-    """The 4-layer network of the paper's CIFAR-10 experiments (3.1, 3.3), in two columns.
+    """Nearly the network of the paper's CIFAR-10 experiments (3.1, 3.3), in two columns.
 
-    The authors' definition is lost with the page that the paper points to; this one takes the
-    three 5x5, 5x5 and 3x3 layers of their cuda-convnet and its normalisation, all of them
-    convolutions, and crosses where AlexNet does: after the second pooling and in the full layer.
+    That is layers-conv-local-11pct.cfg of the authors' cuda-convnet. Of it are the two 5x5
+    convolutions with pooling and normalisation; a 3x3 convolution stands for its two locally
+    connected layers. It crosses where AlexNet does: after the second pooling and in the full layer.
     """
     lrn, pool = (Norm(k=1.0),), Pool()
     return Network(

@@ -158,6 +158,8 @@ class _Lab:
         if self.scale.images:
             settings["images"] = self.scale.images
         epochs = max(1, round(arm.epochs * self.scale.scale))
+        if drops := settings.get("drops"):
+            settings["drops"] = tuple(drop * epochs / arm.epochs for drop in drops)
         more = {"epochs": epochs, "seed": seed, "precision": self.scale.precision}
         return configure({**settings, **more, "shards": self.shards, "run": run or "memory://"})
 
@@ -197,14 +199,19 @@ class _Lab:
         return read_history(self._place(arm, seed, rate), goal=arm.to_goal)
 
     def _best_rate(self, arm: Arm) -> float | None:
-        """The rate that came to the goal first, or nearest to it."""
+        """The rate that came to the goal first, or nearest to it; of an arm that trains to its end
+        the one with the lowest error.
+        """
         if not arm.rates:
             return None
 
         def order(rate: float) -> tuple[float, float]:
             told = self._history(arm, 0, rate)
-            left = told.curve[-1][1] if told.done and told.curve else math.inf
-            return told.reached if told.reached and told.done else math.inf, left
+            if not (told.done and told.curve):
+                return math.inf, math.inf
+            if not arm.to_goal:
+                return told.top1_error, 0.0
+            return told.reached or math.inf, told.curve[-1][1]
 
         return min(arm.rates, key=order)
 

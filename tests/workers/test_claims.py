@@ -19,7 +19,7 @@ from workers.experiments import Scale, _Lab, _on, _trained_line
 from workers.history import History, read_history
 from workers.progress import Progress
 
-LRN, RELU = CLAIMS["lrn"], CLAIMS["relu"]
+POOLING, RELU = CLAIMS["pooling"], CLAIMS["relu"]
 
 
 def test_counts_are_of_the_network_and_the_augmentation() -> None:
@@ -58,18 +58,18 @@ def test_every_arm_is_of_a_claim_and_every_claim_of_arms() -> None:
 def test_a_difference_has_to_exceed_the_spread(
     better: list[float], worse: list[float], verdict: str
 ) -> None:
-    assert judge(LRN, better, worse).verdict == verdict
+    assert judge(POOLING, better, worse).verdict == verdict
 
 
 def test_the_interval_is_students() -> None:
     # By hand: differences of .05, .04 and .03, their deviation .01, 2 degrees of freedom.
-    finding = judge(LRN, [0.30, 0.31, 0.32], [0.35, 0.35, 0.35])
+    finding = judge(POOLING, [0.30, 0.31, 0.32], [0.35, 0.35, 0.35])
     assert finding.figure == pytest.approx(0.04)
     assert finding.high - finding.figure == pytest.approx(4.30 * 0.01 / 3**0.5)
     # Runs of one seed are alike: they differ by .01 each time, whatever the seeds differ by.
-    assert judge(LRN, [0.2, 0.5, 0.8], [0.21, 0.51, 0.811]).verdict == SUPPORTED
+    assert judge(POOLING, [0.2, 0.5, 0.8], [0.21, 0.51, 0.811]).verdict == SUPPORTED
     # But errors are counts: that a few differ by the very same tells nothing of the spread.
-    assert judge(LRN, [0.2, 0.5, 0.8], [0.21, 0.51, 0.81]).verdict == UNSHOWN
+    assert judge(POOLING, [0.2, 0.5, 0.8], [0.21, 0.51, 0.81]).verdict == UNSHOWN
     # Several networks averaged are one figure against those of each.
     alone = judge(CLAIMS["averaging"], [0.20], [0.30, 0.31, 0.32])
     assert alone.high - alone.figure == pytest.approx(4.30 * 0.01 * (1 + 1 / 3) ** 0.5)
@@ -123,18 +123,29 @@ def test_the_goal_is_reached_by_the_mean_of_a_whole_window(tmp_path: Path) -> No
 
 
 def test_the_rate_is_taken_that_came_to_the_goal_first_or_else_nearest(tmp_path: Path) -> None:
-    arm = ARMS["relu-scaled"]
-    assert arm.rates == (0.01, 0.03, 0.1)
-
-    def best(*errors: list[float]) -> float | None:
-        for rate, each in zip(arm.rates, errors, strict=True):
+    def best(arm: str, *errors: list[float]) -> int:
+        """The number of the best rate, by the errors in training of each; held-out images have
+        an error that falls with the rate's number.
+        """
+        rates = ARMS[arm].rates
+        for n, (rate, each) in enumerate(zip(rates, errors, strict=True)):
             lines = [(10.0 * n, 10 * n, 3.0, error) for n, error in enumerate(each, 1)]
-            write_run(tmp_path / f"runs/relu-scaled-rate{rate:g}-seed0", lines, END)
-        return _Lab(f"{tmp_path}", Scale(), 3, None, Progress())._best_rate(arm)
+            end = END | {"top1_error": 0.5 - n / 10}
+            write_run(tmp_path / f"runs/{arm}-rate{rate:g}-seed0", lines, end)
+        found = _Lab(f"{tmp_path}", Scale(), 3, None, Progress())._best_rate(ARMS[arm])
+        assert found
+        return rates.index(found)
 
     slow, quick, near, far = [0.5, 0.5, 0.2], [0.5, 0.2, 0.2], [0.5, 0.4, 0.3], [0.5, 0.5, 0.4]
-    assert best(slow, quick, near) == 0.03
-    assert best(far, far, near) == 0.1
+    assert best("relu-scaled", slow, quick, near) == 1
+    assert best("relu-scaled", far, far, near) == 2
+    assert best("lrn", quick, slow, far) == 2  # of arms that train to their end, by the end
+
+
+def test_longer_arms_drop_their_rate_later() -> None:
+    lab = _Lab("memory://longer", Scale(scale=3), 1, None, Progress())
+    config = lab._config(ARMS["lrn"], 0, "", 0.003)
+    assert (config.epochs, config.drops) == (30, (24.0, 28.5))
 
 
 def test_errors_are_measured_by_what_the_claim_compares(
@@ -176,12 +187,12 @@ def test_runs_are_compared_by_their_seeds(tmp_path: Path) -> None:
     # Of one seed a run failed, and one seed's is of no use: the others differ by .01 each.
     runs = {
         "base": told("base", {0: 0.2, 2: 0.5, 3: 0.8}),
-        "no-lrn": told("no-lrn", {0: 0.21, 1: 0.9, 2: 0.51, 3: math.nan}),
+        "pooling-2-2": told("pooling-2-2", {0: 0.21, 1: 0.9, 2: 0.51, 3: math.nan}),
     }
-    finding, values = lab.measured(LRN, runs)
+    finding, values = lab.measured(POOLING, runs)
     assert finding.figure == pytest.approx(0.01)
-    assert values == {"base": [0.2, 0.5, 0.8], "no-lrn": [0.21, 0.9, 0.51]}
-    assert _on(Scale(), LRN, runs, {}).endswith("9 steps, 3 seeds")
+    assert values == {"base": [0.2, 0.5, 0.8], "pooling-2-2": [0.21, 0.9, 0.51]}
+    assert _on(Scale(), POOLING, runs, {}).endswith("9 steps, 3 seeds")
     # Runs too short to tell how long a step takes.
     half = CLAIMS["towers-time"]
     finding, values = lab.measured(half, {arm: told(arm, {0: 0.5}) for arm in half.arms})
