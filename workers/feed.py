@@ -6,16 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
 from datasets.augmentation import Loader
+from workers.fleet import Fleet
 from workers.parts import READ_AHEAD, Packed, pack
 from workers.watch import Watch
-
-if TYPE_CHECKING:  # whoever gets a handle of the feed imports this, and has no need of Ray Data
-    from workers.fleet import Fleet
 
 STALL_SECONDS = 10.0
 """Without a batch that ranks wait for, before the fleet is started anew; longer for slow fleets."""

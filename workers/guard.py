@@ -15,13 +15,13 @@ from typing import Any
 AGAIN = 75  # exit code of a child that asks to be started again (EX_TEMPFAIL)
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
-PROGRESS, ENDED = b"p", b"e"  # what a child notes in its pipe
+PROGRESS, ENDED = b"p", b"e"  # what a child notes in its pipe; the exit code follows the latter
 
 
 def guarded(work: Callable[[int, Callable[[], object]], int], limit: int) -> int:
     """The exit code of `work`, which runs in a child process, and in another one if that is killed,
     is ended from outside Python or ends with `AGAIN`; in a row, without progress, `limit` times at
-    most. What kills the child once `work` has returned changes nothing.
+    most. A child that is killed once `work` has returned or raised is not followed by another.
 
     `work` is called with the number of children before it and with what it is to call at each
     progress. Signals that end a program are passed on to the child, and it ends in order if this
@@ -41,6 +41,8 @@ def guarded(work: Callable[[int, Callable[[], object]], int], limit: int) -> int
             except BaseException:
                 note(ENDED)
                 raise
+            with suppress(OSError, ValueError):  # of which `main` hears again
+                sys.stdout.flush()  # nobody says it again
             note(ENDED + bytes([code]))
             return code
         os.close(write)
@@ -48,12 +50,14 @@ def guarded(work: Callable[[int, Callable[[], object]], int], limit: int) -> int
         progress, ended, returned = os.read(read, len(PROGRESS + ENDED) + 1).partition(ENDED)
         os.close(read)
         row = 0 if progress else row
-        # Ray ends a process that has lost it, without a word to Python.
-        code = os.WEXITSTATUS(status) if ended and os.WIFEXITED(status) else AGAIN
-        code = returned[0] if returned else code  # libraries may crash in the exit that follows
+        name = "lost its Ray" if os.WIFEXITED(status) else _signal(os.WTERMSIG(status))
+        code = AGAIN  # Ray ends a process that has lost it, without a word to Python
+        if ended and os.WIFEXITED(status):
+            code = os.WEXITSTATUS(status)
+        elif ended:  # libraries may crash in the exit that follows
+            code = returned[0] if returned else 1
         if code != AGAIN:
             return code
-        name = "lost its Ray" if os.WIFEXITED(status) else _signal(os.WTERMSIG(status))
         if _told or row >= limit:
             print(f"towers: the run's supervisor {name}; --resume goes on", file=sys.stderr)
             return 1

@@ -1,7 +1,4 @@
-"""A replica's part of a batch, and the table that it travels in.
-
-Apart from the fleet, so that the towers have no need of Ray Data.
-"""
+"""A replica's part of a batch, and the table that it travels in."""
 
 from __future__ import annotations
 

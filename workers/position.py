@@ -15,8 +15,8 @@ def position(folder: RunFolder, job: Job, known: Mapping[int, bool]) -> tuple[st
     with: read from the checkpoint's progress, without its tensors, unless its step is `known`, and
     whether it has that step's evaluation.
 
-    Raises UserError if it is damaged, not of the job's network and order of images, or has more
-    steps than the job is to have.
+    Raises UserError if what is read is damaged, not of the job's network and order of images, or
+    has more steps than the job is to have.
     """
     kept, itinerary = folder.checkpoints(), job.itinerary
     if not kept:

@@ -303,21 +303,44 @@ guarded(work, 1)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "in order\n", "")
 
 
-@pytest.mark.parametrize("code", [0, 1])
-def test_a_run_that_ended_is_not_begun_again_whatever_its_process_dies_of(code: int) -> None:
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("return 0", 0), ("return 3", 3), ("raise ValueError", 1)]
+)
+def test_a_run_that_ended_is_not_begun_again_whatever_its_process_dies_of(
+    end: str, code: int
+) -> None:
     program = f"""
 import atexit, os, sys
 from workers.guard import guarded
 
 def work(deaths, progressed):
+    print("once")
     progressed()
     atexit.register(os.abort)
-    return {code}
+    {end}
 
 sys.exit(guarded(work, 1))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=BUFFERED, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "once\n" if "return" in end else "")
+    assert "again" not in done.stderr
+
+
+def test_a_result_that_could_not_be_written_is_no_success() -> None:
+    program = """
+import sys
+from workers.guard import guarded
+
+sys.exit(guarded(lambda *_: print("result") or 0, 1))
+"""
+    command = [sys.executable, "-c", program]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=BUFFERED, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 120  # Python's own for it
 
 
 def test_a_run_goes_on_without_its_terminal() -> None:

@@ -124,6 +124,20 @@ def test_a_run_goes_on_from_a_checkpoint_as_it_was_told_and_as_it_is_read(
         shutil.rmtree(folder.checkpoint(step))
 
 
+def test_a_run_that_stopped_before_an_evaluation_goes_on_with_it(
+    train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    itinerary = Itinerary([8], ("val", [4]), batch=4, seed=0, epochs=2)
+    own = Noise.next
+    monkeypatch.setattr(Noise, "next", lambda self: None if self.item == 2 else own(self))
+    tower, reports = train(itinerary, epochs=2, checkpoint_every=9)
+    told = {r["step"]: r["evaluated"] for r in reports if r["kind"] == "checkpoint"}
+    assert told == {2: False}
+    folder = RunFolder(tower.job.config, resume=None)
+    for known in told, {}:
+        assert position(folder, tower.job, known) == (folder.checkpoint(2), 2)
+
+
 def test_a_run_that_stops_tells_of_all_its_steps(
     train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -257,6 +257,23 @@ def test_a_place_that_does_not_come_back_leaves_a_run_to_be_resumed(
         attempts._reserved()
 
 
+def test_what_another_tower_would_fail_at_too_is_told(
+    undisturbed: tuple[Path, dict],
+) -> None:
+    @ray.remote(num_cpus=0)
+    class Broken:
+        def __init__(self) -> None:
+            raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    config = configure({}, f"{undisturbed[0]}/config.toml")
+    job: Any = SimpleNamespace(config=config)
+    run = _Run(job, Any, RunFolder(config, resume=True), Progress(), list, 0, None)
+    with pytest.raises(ray.exceptions.RayActorError) as failed:
+        ray.get(Broken.remote().__ray_ready__.remote())
+    with pytest.raises(RunFailed, match=r"^ImportError: libcudart.*; the last checkpoint is of s"):
+        run._judge(failed.value, Any)
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(
     undisturbed: tuple[Path, dict], shards: str, tmp_path: Path
 ) -> None:
