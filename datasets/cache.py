@@ -69,9 +69,8 @@ class PixelCache:
 
     def _open(self, path: Path, rows: int) -> None:
         length = rows * (self._each + 8)
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
+        self._file = _locked(path, fcntl.LOCK_SH, buffering=0)
         self._at = self._file.fileno()
-        fcntl.flock(self._at, fcntl.LOCK_SH)  # for as long as the file is open
         if os.fstat(self._at).st_size != length:
             _sweep(path)
             os.ftruncate(self._at, length)  # takes no room yet
@@ -136,8 +135,7 @@ class GroupCache:
     def _open(self, folder: Path) -> None:
         new = not folder.exists()
         folder.mkdir(mode=0o700, exist_ok=True)
-        self._lock = (folder / LOCK).open("wb")
-        fcntl.flock(self._lock, fcntl.LOCK_SH)  # for as long as the file is open
+        self._lock = _locked(folder / LOCK, fcntl.LOCK_SH)
         if new:
             _sweep(folder)
         self._folder = folder
@@ -155,6 +153,8 @@ class GroupCache:
                 found = _mapped(path)  # by whoever had the turn before
                 if found is None:
                     found = self._keep(fetch(), turn, path)
+                else:
+                    os.unlink(f"{path}{PART}")
         return fetch() if found is None else found
 
     def _path(self, shard: Shard, index: int) -> Path | None:
@@ -170,15 +170,15 @@ class GroupCache:
         if self._full:
             return None
         try:
-            file = os.fdopen(os.open(f"{path}{PART}", os.O_RDWR | os.O_CREAT, 0o600), "r+b")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            return _locked(Path(f"{path}{PART}"), fcntl.LOCK_EX)
         except OSError:
             self._full = True
             return None
-        return file
 
     def _keep(self, table: Any, file: BinaryIO, path: Path) -> Any:
         """The table as it is kept then, if it can be."""
+        if table.nbytes > self._most:
+            return table
         try:
             _check_free(file.fileno())
             file.truncate(0)  # somebody may have ended while writing
@@ -211,12 +211,23 @@ class GroupCache:
 
 
 def _mapped(path: Path) -> Any:
-    """The Arrow table in a file, without a copy; None if there is no such file."""
+    """The Arrow table in a file, without a copy; None if there is no such file, or no whole one."""
     try:
         with pa.memory_map(str(path)) as source:
             return pa.ipc.open_file(source).read_all()
-    except FileNotFoundError:
+    except (FileNotFoundError, pa.ArrowInvalid):
         return None
+
+
+def _locked(path: Path, how: int, buffering: int = -1) -> BinaryIO:
+    """The file of this name, made if there is none, with a lock for as long as it is open."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering)
+        fcntl.flock(file, how)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # while it waited the file got another name, or was removed
 
 
 def _identity(dataset: Dataset, split: str, rows: int, how: str) -> str:

@@ -154,8 +154,11 @@ class Rows:
         """The row groups of these `numbers`, in this order. What is far away is asked for early, as
         a store takes longer to answer than to send a row group.
         """
-        for number in self._coming.keys() - {*numbers, *later}:
-            self._coming.pop(number).cancel()
+        wanted = {*numbers, *later}
+        for number, coming in list(self._coming.items()):
+            # What failed is asked for again: the store may be back since.
+            if number not in wanted or (coming.done() and coming.exception()):
+                self._coming.pop(number).cancel()
         for at, number in enumerate(numbers):
             if self._far:
                 self._ask(numbers[at : at + AT_ONCE])

@@ -21,6 +21,9 @@ STALL_SECONDS = 10.0
 FIRST_SECONDS = 60.0
 """The same before the first batch, while actors start."""
 
+CALM_SECONDS = 600.0
+"""That a stream goes on for before the next one that stalls is found out as soon as the first."""
+
 TRIES = 3  # streams in a row that may break before they bring anything
 
 
@@ -46,14 +49,16 @@ class Feed:
         self.end: int | None = None  # first item that nobody gets any more
         self.asked = 0  # ranks that wait for something now
         self.streams = 0
-        self.moved = time.monotonic()  # when the stream last brought something, or began
-        self.slowest = FIRST_SECONDS / 4  # seconds that it ever took between two parts
+        self.begun = self.moved = time.monotonic()  # the stream; when it last brought something
+        self.slowest = FIRST_SECONDS / 4  # seconds that one ever took between two parts
         self.came = False  # whether a part ever did
-        self.stalls, self.broken = 0, 0  # streams that stalled; that broke since a part came
+        self.stalls, self.row = 0, 0  # streams that stalled; those since there was a calm
+        self.broken = 0  # streams that broke since a part came
         self.nodes: set[str] = set()  # that this stream has parts of
         self.known: set[str] = set()  # the same of all streams, those that are still there
         self.lost: list[str] = []  # and those that are gone
         self.loaders: dict[str, Loader] = {}
+        self.loading = threading.Lock()
 
     def open(self, start: int) -> None:
         """Starts a stream at item `start`."""
@@ -85,7 +90,8 @@ class Feed:
         held.
         """
         self.streams += 1
-        self.moved, self.nodes = time.monotonic(), set()
+        self.begun = self.moved = time.monotonic()
+        self.nodes = set()
         # It may wait for an augmenter that never comes back, so it is not left to end by itself.
         threading.Thread(target=self.watch.end, daemon=True).start()
         self.watch = Watch()
@@ -104,10 +110,12 @@ class Feed:
                     if self._unwanted(number):
                         return
                     now = time.monotonic()
-                    if not self.came:
-                        self.came, self.slowest = True, 0.0  # that was the start of actors
-                    elif self.asked:
+                    if self.nodes and self.asked:  # else that was the start of actors
                         self.slowest = max(self.slowest, now - self.moved)
+                    elif not self.came:
+                        self.came, self.slowest = True, 0.0
+                    if now - self.begun > CALM_SECONDS:
+                        self.row = 0
                     self.moved, self.broken = now, 0
                     self.nodes.add(part.node)
                     self.known.add(part.node)
@@ -162,10 +170,11 @@ class Feed:
                     self._lose(gone)
                     continue
                 done = self._whole(len(self.fleet.itinerary))
-                limit = max(STALL_SECONDS, 4 * self.slowest) * 2 ** min(self.stalls, 4)
+                limit = max(STALL_SECONDS, 4 * self.slowest) * 2 ** min(self.row, 4)
                 if done or not self.asked or time.monotonic() - self.moved < limit:
                     continue
                 self.stalls += 1
+                self.row += 1
                 self._begin()
 
     def _lose(self, nodes: set[str]) -> None:
@@ -214,7 +223,8 @@ class Feed:
         """What `take` gave, made anew in this process: for a rank that could not fetch it, because
         a node went that held it. The plan is pure, so it is the same.
         """
-        part = self.fleet.load(index, replica, self.loaders)
+        with self.loading:  # both towers of a pair may ask
+            part = self.fleet.load(index, replica, self.loaders)
         made = [ray.put(table) for table in pack(part, self.fleet.apart)]
         return [made[0] if pixels else None, made[-1]]
 

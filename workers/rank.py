@@ -15,6 +15,7 @@ import ray
 import torch
 import torch.distributed as dist
 
+from datasets import DataError
 from datasets.plan import Itinerary
 from datasets.storage import passing
 from pipeline import NotANumber, checkpoint, host, native
@@ -143,7 +144,11 @@ class Rank:
         for index in range(start, len(itinerary)):
             item = itinerary.item(index)
             before = clock()
-            images = stream.next()
+            try:
+                images = stream.next()
+            except DataError:
+                yield from self._written()  # what it has learned ends with the run else
+                raise
             if images is None:  # the run is to stop here
                 break
             if stream.skipped and self.rank % replica_size == 0:
@@ -168,7 +173,8 @@ class Rank:
                 totals += part
                 meter.images += part.images
                 meter.nodes[stream.node[:8]] += images.count
-                if self.rank == 0 and (item.last or meter.due(item.step, config.log_every)):
+                due = item.last or meter.due(item.step, config.log_every)
+                if self.rank == 0 and due and totals.images:  # none if all were skipped
                     yield self._trained(trained, totals, rate, meter)
                     totals = Totals()
             else:

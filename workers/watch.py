@@ -12,6 +12,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.executor: Any = None
+        self.ended = False
         self.pooled = 0  # augmenters that are shared with other runs, if they are
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -24,12 +25,15 @@ class Watch:
 
         class Started(ExecutionCallback):
             def before_execution_starts(_, executor: Any) -> None:
+                if self.ended:  # before there was an execution to end
+                    raise RuntimeError("nobody wants this execution any more")
                 self.executor = executor
 
         return Started
 
     def end(self) -> None:
-        """Ends the execution, whatever it waits for."""
+        """Ends the execution, whatever it waits for, or keeps it from beginning."""
+        self.ended = True
         if self.executor:
             self.executor.shutdown(force=True)
 

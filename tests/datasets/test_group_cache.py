@@ -150,6 +150,47 @@ kept.table(data.shards("train")[0], 0, fetch)
     assert found == Rows(data, "train").read(np.arange(2))
 
 
+def test_whoever_waited_for_what_has_gone_since_spoils_nothing(data: Dataset, place: Path) -> None:
+    """It was kept, and removed for want of room, before the one that waited had its turn."""
+    shard = data.shards("train")[0]
+    one, other = (GroupCache(data, "train", ["image", "label"], ALL) for _ in range(2))
+    tables = [pa.table({"image": [bytes([n]) * 9000] * 3}) for n in range(2)]
+    path = one._path(shard, 0)
+    assert path
+    found: list[pa.Table] = []
+    turn = one._turn(path)
+    assert turn
+    waiting = threading.Thread(
+        target=lambda: found.append(other.table(shard, 0, lambda: tables[1]))
+    )
+    with turn:
+        waiting.start()
+        waiting.join(0.3)
+        kept = one._keep(tables[0], turn, path)
+        path.unlink()
+    waiting.join(60)
+    assert kept.equals(tables[0])  # of which nothing was overwritten
+    assert found == [tables[1]]
+    assert cache._mapped(path).equals(tables[1])
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_what_is_damaged_is_fetched_again(
+    left: int, data: Dataset, place: Path, fetched: list[int]
+) -> None:
+    reader(data).read(np.arange(2))
+    (kept,) = (path for path in place.glob(f"*{GROUPS}/*") if path.name != "lock")
+    os.truncate(kept, left)
+    for _ in range(2):
+        assert reader(data).read(np.arange(2)) == Rows(data, "train").read(np.arange(2))
+    assert len(fetched) == 2 + 2
+
+
+def test_what_is_larger_than_all_room_is_not_kept(data: Dataset, place: Path) -> None:
+    assert len(reader(data, EACH).read(np.arange(ROWS))) == ROWS
+    assert not sum(sizes(place))
+
+
 def sizes(place: Path) -> list[int]:
     return [path.stat().st_size for path in place.glob(f"*{GROUPS}/*") if path.name != "lock"]
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -460,6 +461,25 @@ def test_row_groups_far_away_are_fetched_together_and_once(
     rows.read(np.arange(8), then=np.arange(4, 20))
     rows.read(np.arange(20))
     assert sorted(fetched) == list(range(10))
+
+
+def test_what_failed_early_is_asked_for_again_in_its_turn(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store was away then, and is back."""
+    rows, away, read = Rows(write(memory, 4, rows_per_group=2), "train"), [True], Rows._fetch
+
+    def fetch(self: Rows, number: int) -> object:
+        if number and away[0]:
+            raise DataError("the store failed")
+        return read(self, number)
+
+    monkeypatch.setattr(Rows, "_fetch", fetch)
+    rows.read(np.arange(2), then=np.arange(2, 4))
+    rows._threads.shutdown()  # all that was asked for has failed
+    rows._threads = ThreadPoolExecutor(1)
+    away[0] = False
+    assert [record.row for record in rows.read(np.arange(2, 4))] == [2, 3]
 
 
 def test_what_came_early_and_is_bad_is_said_in_its_turn(memory: str) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from datasets.augmentation import Batch
 from datasets.plan import Itinerary
 from datasets.shards import open_dataset
 from datasets.statistics import Statistics
+from pipeline.mesh import Mesh
 from workers.config import configure
-from workers.feed import Feed
+from workers.feed import CALM_SECONDS, Feed
 from workers.fleet import Fleet, part_bytes, store_bytes
 from workers.measure import measure
 from workers.parts import Packed, Part, pack, unpack
@@ -222,6 +224,39 @@ def test_replicas_get_an_item_once_all_its_parts_are_there(shards: str, cluster:
     assert feed.stop() == 3  # and who has not got it yet does so all the same
     assert feed.take(2, 1, True)
     assert feed.take(3, 0, True) is None
+
+
+class Starting:
+    """A fleet whose streams take `seconds` to start."""
+
+    replicas, itinerary, seconds = 1, range(1000), 0.0
+    where = SimpleNamespace(mesh=Mesh(1, 1, 1))
+
+    def stream(self, start: int, watch: Watch) -> Iterator[tuple[int, int, Packed]]:
+        time.sleep(self.seconds)
+        for index in self.itinerary[start:]:
+            yield index, 0, Packed("pixels", "rest", "node")  # type: ignore[arg-type]
+
+
+def test_how_long_a_stream_took_to_start_is_no_measure_of_the_next() -> None:
+    """Nodes may have been away meanwhile."""
+    fleet = Starting()
+    feed = Feed(fleet)  # type: ignore[arg-type]
+    for fleet.seconds, items in (0.0, range(20)), (0.5, range(20, 40)):
+        with feed.there:
+            feed._begin()
+        assert all(feed.take(index, 0, True) for index in items)
+    assert feed.slowest < 0.5
+    feed.row, feed.begun = 4, feed.begun - CALM_SECONDS
+    assert all(feed.take(index, 0, True) for index in range(40, 60))
+    assert feed.row == 0
+
+
+def test_an_execution_that_ended_before_it_began_does_not_begin() -> None:
+    watch = Watch()
+    watch.end()
+    with pytest.raises(RuntimeError, match="nobody wants"):
+        watch.callback()().before_execution_starts(None)
 
 
 class Leaving:

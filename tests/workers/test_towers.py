@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from datasets import DataError
 from datasets.plan import Itinerary
+from pipeline import checkpoint
 from pipeline.optimizer import SGD
 from pipeline.tower import Tower
 from pipeline.training import Images, Totals, Trainer
@@ -136,6 +139,52 @@ def test_a_run_that_stopped_before_an_evaluation_goes_on_with_it(
     folder = RunFolder(tower.job.config, resume=None)
     for known in told, {}:
         assert position(folder, tower.job, known) == (folder.checkpoint(2), 2)
+
+
+def test_a_checkpoint_is_written_to_its_end_though_the_data_are_not(
+    train: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Noise.next
+
+    def bad(self: Noise) -> Images:
+        if self.item == 3:
+            raise DataError("row 7 does not decode")
+        return own(self)
+
+    monkeypatch.setattr(Noise, "next", bad)
+    monkeypatch.setattr(checkpoint.Writer, "busy", True)  # until somebody waits for it
+    told: list[str] = []
+    monkeypatch.setattr(Rank, "_written", noted(Rank._written, told))
+    with pytest.raises(DataError, match="row 7"):
+        train(Itinerary([16], None, batch=4, seed=0, epochs=1), checkpoint_every=2)
+    assert told == ["checkpoint"]
+    assert RunFolder(configure({"run": str(tmp_path)}), resume=None).checkpoints() == [2]
+
+
+def noted(written: Callable[..., Any], told: list[str]) -> Callable[..., Any]:
+    def tell(self: Rank, *args: Any, **more: Any) -> Any:
+        for report in written(self, *args, **more):
+            told.append(report["kind"])
+            yield report
+
+    return tell
+
+
+def test_steps_without_an_image_are_not_reported(
+    train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Noise.next
+
+    def skipped(self: Noise) -> Images:
+        given = own(self)
+        n = 0 if self.item == 2 else given.count
+        return Images(given.crops[:n], given.labels[:n], given.shifts[:n])
+
+    monkeypatch.setattr(Noise, "next", skipped)
+    _, reports = train(Itinerary([16], None, batch=4, seed=0, epochs=1))
+    lines = [report for report in reports if report["kind"] == "train"]
+    assert [line["step"] for line in lines] == [1, 3, 4]
+    assert not any(math.isnan(line["loss"]) for line in lines)
 
 
 def test_a_run_that_stops_tells_of_all_its_steps(
