@@ -135,7 +135,7 @@ def order_of(
     ordered_rows = []
     for part in sorted(set(given.tolist())):
         groups = source.dataset.groups(part or "train")
-        plan = Plan(groups, sum(groups), seed=seed, epoch=0, shuffle=True)
+        plan = Plan(groups, sum(groups), seed=seed, epoch=0)
         place = np.full(sum(groups), -1)
         place[numbers[given == part]] = rows[given == part]
         drawn = place[plan.batch_rows(0)]

@@ -19,9 +19,9 @@ RowNumbers = NDArray[np.int64]
 class Plan:
     """The batches of one epoch over row groups of `groups` rows each.
 
-    With `shuffle`, row groups are permuted, and then rows within windows: runs of permuted row
-    groups of `window` rows or more, so that a reader holds a window and never goes back to a
-    group. Without, rows come in file order. Batches are counted from 0; the last may be short.
+    Row groups are permuted, and then rows within windows: runs of permuted row groups of `window`
+    rows or more, so that a reader holds a window and never goes back to a group. Batches are
+    counted from 0; the last may be short.
     Nothing is read, and `batch_rows(k)` works out only the windows that batch k touches.
     Raises ValueError, naming the value, for a batch or window below 1 or a negative group.
     """
@@ -33,7 +33,6 @@ class Plan:
         *,
         seed: int,
         epoch: int,
-        shuffle: bool,
         window: int = 2048,
     ) -> None:
         sizes = np.asarray(groups, np.int64)
@@ -42,16 +41,15 @@ class Plan:
                 raise ValueError(f"{name} is {value}: 1 or more")
         if (sizes < 0).any():
             raise ValueError(f"groups has one of {sizes.min()} rows: 0 or more")
-        self.batch, self.seed, self.epoch, self.shuffle = batch, seed, epoch, shuffle
+        self.batch, self.seed, self.epoch = batch, seed, epoch
         self.rows = int(sizes.sum())
         self.batches = -(-self.rows // batch)
-        if shuffle:
-            order = stream("groups", seed, epoch).permutation(len(sizes))
-            self._starts = (np.cumsum(sizes) - sizes)[order]
-            self._sizes = sizes[order]
-            self._windows = _windows(self._sizes, window)
-            self._ends = np.cumsum(self._sizes)[self._windows[1:] - 1]
-            self._shuffled = lru_cache(maxsize=4)(self._shuffle)
+        order = stream("groups", seed, epoch).permutation(len(sizes))
+        self._starts = (np.cumsum(sizes) - sizes)[order]
+        self._sizes = sizes[order]
+        self._windows = _windows(self._sizes, window)
+        self._ends = np.cumsum(self._sizes)[self._windows[1:] - 1]
+        self._shuffled = lru_cache(maxsize=4)(self._shuffle)
 
     def batch_rows(self, k: int) -> RowNumbers:
         """The rows of batch k, int64 [n], counted within the split in file order.
@@ -61,8 +59,6 @@ class Plan:
         if not 0 <= k < self.batches:
             raise IndexError(f"batch {k} of {self.batches}")
         start, stop = k * self.batch, min((k + 1) * self.batch, self.rows)
-        if not self.shuffle:
-            return np.arange(start, stop, dtype=np.int64)
         first = int(np.searchsorted(self._ends, start, side="right"))
         last = int(np.searchsorted(self._ends, stop, side="left"))
         rows = np.concatenate([self._shuffled(w) for w in range(first, last + 1)])
@@ -208,7 +204,7 @@ class Itinerary:
         next.
         """
         if epoch not in self._plans:
-            plan = Plan(self.train_groups, self.batch, seed=self.seed, epoch=epoch, shuffle=True)
+            plan = Plan(self.train_groups, self.batch, seed=self.seed, epoch=epoch)
             self._plans = {**dict(list(self._plans.items())[-1:]), epoch: plan}
         return self._plans[epoch]
 
