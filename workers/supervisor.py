@@ -221,7 +221,8 @@ class _Run:
         lost = [] if isinstance(cause, NotANumber) else actors.lost(cause)
         if not lost:
             why = f"{kind}: {textwrap.shorten(text, 300)}; {self._kept()}"
-            raise RunFailed(why) from error
+            lower = "; a lower rate may be what it needs: --resume --rate RATE"
+            raise RunFailed(why + lower * isinstance(cause, NotANumber)) from error
         self.restarts += 1
         self.row += 1
         if self.row > self.job.config.restarts:
