@@ -40,6 +40,11 @@ class Classes:
         return self.names == tuple(map(str, range(len(self.names))))
 
 
+def numbered(classes: Classes, count: int) -> Classes:
+    """These classes, or if nothing names them as many as `count`."""
+    return Classes(tuple(map(str, range(count))), {}) if classes.numbered else classes
+
+
 def check_classes(dataset: Dataset) -> None:
     """Raises DataError for a data set that a network cannot tell classes of."""
     if (count := len(dataset.classes)) < 2:

@@ -21,7 +21,14 @@ from datasets.shards import open_dataset
 from pipeline.evaluation import Verdicts, average, judge
 from workers.cluster import connected
 from workers.config import UserError
-from workers.data import classes_of, keep, known_statistics, measured, training_data
+from workers.data import (
+    classes_of,
+    keep,
+    known_statistics,
+    measured,
+    numbered,
+    training_data,
+)
 from workers.evaluation_file import write_evaluation
 from workers.progress import Progress
 from workers.spread import only_here
@@ -97,8 +104,11 @@ def complete(network: Trained, dataset: Dataset, progress: Progress) -> Trained:
     """
     if network.classes and network.statistics:
         return network
-    trained_on = training_data(network.run, network.config) or dataset
-    classes = network.classes or classes_of(trained_on)
+    trained_on = training_data(network.run, network.config)
+    if not trained_on or len(trained_on.classes) != network.network.classes:
+        trained_on = dataset  # others may lie now where the run's lay
+    # Numbers alone may be of fewer classes than there are.
+    classes = network.classes or numbered(classes_of(trained_on), network.network.classes)
     statistics = network.statistics or known_statistics(network.config.image, trained_on.root)
     if not statistics and "train" not in trained_on.splits:
         raise UserError(

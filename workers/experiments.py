@@ -336,7 +336,7 @@ def _on(
     name = scale.data.rstrip("/").rpartition("/")[2] if scale.data else "drawn set"
     seeds = len(set.intersection(*({one.seed for one in runs[arm]} for arm in claim.arms)))
     if not seeds:
-        of_arms = (f"/runs/{arm}-" for arm in claim.arms)
+        of_arms = (f"/runs/{arm}-{end}" for arm in claim.arms for end in ("rate", "seed"))
         why = (text for part in of_arms for run, text in failures.items() if part in run)
         return f"{name}: {next(why, 'of no seed all runs came to their end')}"
     images = f", {scale.images:,} images" if scale.images else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +67,7 @@ def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> 
     them. Raises Lacking that says what is missing.
     """
     beside = max(1, runs)
-    marked = [node for node in nodes if TOWERS in node]
-    homes = marked or [node for node in nodes if AUGMENT not in node] or list(nodes)
+    homes = homes_of(nodes)
     gpus = sum(int(node.get("GPU", 0)) for node in homes)
     device = config.device
     if device == "auto":
@@ -89,41 +88,52 @@ def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> 
             [{"GPU": 1}] * count,
         )
 
+    gpu: dict[str, float] = {}
     if device == "cuda":
         homes = [node for node in homes if node.get("GPU", 0)]
-    helpers = [node for node in nodes if AUGMENT in node]
-    least = 0 if runs else config.fleet[0]
-    apart = bool(helpers) and all(node not in homes for node in helpers)
-    share = _share(homes, everyone + (0 if apart else least))
-    help_share = _share(helpers, least) if apart else share
-    if not share or not help_share:
-        have = sum(node.get("CPU", 0) for node in nodes)
-        wishes = [[{"CPU": 1.0}] * (everyone + least)]
-        if config.device == "auto":
-            wishes.insert(0, [{"GPU": 1.0}] * everyone)
-        raise Lacking(
-            f"not enough CPUs: {everyone} towers and {least} augmenters need at least "
-            f"{(everyone + least) * _STEP:g}, the cluster has {have:g}",
-            *wishes,
-        )
-    tower = {"CPU": share}
-    if device == "cuda":
-        tower["GPU"] = 1 if gpus >= everyone else _share(homes, everyone, "GPU")
-        if not tower["GPU"]:
+        fraction = _most(lambda share: _fit(homes, {"GPU": share}) >= everyone)
+        gpu["GPU"] = 1 if gpus >= everyone else fraction
+        if not gpu["GPU"]:
             raise Lacking(
                 f"not enough devices: {everyone} towers do not fit on {gpus} GPUs, "
                 f"{1 / _STEP:g} each at most; take fewer runs at once",
                 [{"GPU": 1}] * everyone,
             )
-    if marked:
+    helpers = [node for node in nodes if AUGMENT in node]
+    least = 0 if runs else config.fleet[0]
+    apart = bool(helpers) and all(node not in homes for node in helpers)
+    outside = [node for node in helpers or nodes if all(node is not home for home in homes)]
+
+    def enough(share: float) -> bool:
+        """For the towers, and where the augmenters are not apart for these too."""
+        cpu = {"CPU": share}
+        beside_them = apart or _fit([*homes, *outside], cpu) >= everyone + least
+        return beside_them and _fit(homes, {**cpu, **gpu}) >= everyone
+
+    share = _most(enough)
+    help_share = _most(lambda share: _fit(helpers, {"CPU": share}) >= least) if apart else share
+    if not share or not help_share:
+        have = sum(node.get("CPU", 0) for node in nodes)
+        near = ", a tower's beside its GPU" if gpu else ""
+        wishes = [[{"CPU": 1.0}] * (everyone + least)]
+        if config.device == "auto":
+            wishes.insert(0, [{"GPU": 1.0}] * everyone)
+        raise Lacking(
+            f"not enough CPUs: {everyone} towers and {least} augmenters need at least "
+            f"{(everyone + least) * _STEP:g}{near}, the cluster has {have:g}",
+            *wishes,
+        )
+    tower = {"CPU": share, **gpu}
+    if TOWERS in homes[0]:
         tower[TOWERS] = SHARE
     augmenter = {"CPU": 0 if runs else help_share}
     if helpers:
         augmenter[AUGMENT] = SHARE
-    cpus = sum(node.get("CPU", 0) for node in homes) - (0 if apart else least * share)
+    inside = 0 if apart else max(0, least - _fit(outside, {"CPU": share}))
+    cpus = sum(node.get("CPU", 0) for node in homes) - inside * share
     left, alone = everyone, []
     for node in sorted(homes, key=lambda node: -node.get("CPU", 0)):  # as Ray fills them
-        here = min(left, *(_fitting(node, kind, need) for kind, need in tower.items()))
+        here = min(left, _fit([node], tower))
         if here:
             alone.append(node["CPU"] / here)  # none has another node's cores
             left -= here
@@ -131,16 +141,24 @@ def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> 
     return Placement(mesh, device, tower, augmenter, threads, apart)
 
 
+def homes_of(nodes: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """The nodes that towers are for: those marked so, or else not marked for others, or all."""
+    marked = [node for node in nodes if TOWERS in node]
+    return marked or [node for node in nodes if AUGMENT not in node] or list(nodes)
+
+
 _STEP = 0.05
 
 
-def _share(nodes: Sequence[dict[str, float]], processes: int, kind: str = "CPU") -> float:
-    """The most CPU, up to one, that so many processes can each have; 0 if they don't fit."""
-    for twentieths in range(20, 0, -1):
-        share = twentieths * _STEP
-        if sum(_fitting(node, kind, share) for node in nodes) >= processes:
-            return round(share, 2)
-    return 0.0
+def _most(enough: Callable[[float], bool]) -> float:
+    """The most that each may have, up to one, so that there is enough; 0 if there never is."""
+    shares = (round(twentieths * _STEP, 2) for twentieths in range(20, 0, -1))
+    return next(filter(enough, shares), 0.0)
+
+
+def _fit(nodes: Sequence[dict[str, float]], needs: Mapping[str, float]) -> int:
+    """How many processes with these needs fit on some nodes."""
+    return sum(min(_fitting(node, kind, need) for kind, need in needs.items()) for node in nodes)
 
 
 def _fitting(node: dict[str, float], kind: str, need: float) -> int:

@@ -80,7 +80,7 @@ class Search:
 
     def config(self, settings: dict[str, Any], run: str) -> Config:
         """The configuration of a run with some settings of the space."""
-        rounded = {name: _rounded(value) for name, value in settings.items()}
+        rounded = _rounded(settings, self.space)
         return configure({**self.fixed, **rounded, "run": run})
 
     def nearest(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _written(
     seconds: float,
 ) -> dict[str, Any]:
     """The result, once its files are written."""
-    own = {n: _rounded(v) for n, v in published(wanted.config({}, folder), wanted.space).items()}
+    own = _rounded(published(wanted.config({}, folder), wanted.space), wanted.space)
     recipe = next((line for line in lines if line["settings"] == own), None)
     result = {
         "run": folder,
@@ -219,7 +219,7 @@ def _written(
 
 
 def _line(wanted: Search, trial: Trial) -> dict[str, Any]:
-    settings = {name: _rounded(value) for name, value in trial.settings.items()}
+    settings = _rounded(trial.settings, wanted.space)
     state = "failed"
     if not trial.failed:
         state = "finished" if wanted.done(settings, trial.report) else "ended early"
@@ -235,9 +235,16 @@ def _line(wanted: Search, trial: Trial) -> dict[str, Any]:
     }
 
 
-def _rounded(value: Any) -> Any:
-    """Three digits say all that a search can tell."""
-    return float(f"{value:.3g}") if isinstance(value, float) else value
+def _rounded(settings: dict[str, Any], space: Space) -> dict[str, Any]:
+    """Three digits say all that a search can tell, if they are not beyond what is allowed."""
+
+    def short(name: str, value: Any) -> Any:
+        if not isinstance(value, float):
+            return value
+        domain, three = space[name], float(f"{value:.3g}")
+        return three if domain.choices or domain.nearest(three) == three else value
+
+    return {name: short(name, value) for name, value in settings.items()}
 
 
 def _drawn(domain: Domain) -> Any:

@@ -116,4 +116,5 @@ def _domain(setting: str, table: Any, *, whole: bool) -> Domain:
         raise UserError(f"{setting} is from {low} to {high}: low has to be less than high")
     if log and not low > 0:
         raise UserError(f"{setting} is from {low} to {high}: with log, low has to be more than 0")
+    low, high = (value if whole else float(value) for value in (low, high))
     return Domain((), low, high, log, whole)

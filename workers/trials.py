@@ -157,7 +157,7 @@ def _id(trial: Any) -> str:
 def slots() -> int:
     """How many trials run side by side if nobody says: one a GPU, or else a CPU."""
     nodes = placement.cluster_nodes()
-    homes = [node for node in nodes if placement.AUGMENT not in node] or nodes
+    homes = placement.homes_of(nodes)
     gpus = sum(int(node.get("GPU", 0)) for node in homes)
     return gpus or max(1, int(sum(node.get("CPU", 0) for node in homes)))
 

@@ -22,6 +22,7 @@ from workers.evaluate import evaluate
 from workers.evaluation_file import read_evaluation
 from workers.progress import Progress
 from workers.sweep import ITEM, row_ranges
+from workers.trained import open_trained
 from workers.weights import export, import_
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -123,6 +124,19 @@ def test_a_run_without_data_learns_its_mean_from_what_it_is_evaluated_on(
     found = evaluate([f"{tmp_path}/run"], data=shards)
     assert found["loss"] == evaluate([run], data=shards, step=3)["loss"]
     evaluate([f"{tmp_path}/run"], data=data)
+
+
+def test_labels_of_which_some_lack_are_no_fewer_classes(run: str, tmp_path: Path) -> None:
+    export(run, f"{tmp_path}/w.pt", 3)
+    import_(f"{tmp_path}/w.pt", f"{tmp_path}/run", {"network": "alexnet-mini"})
+    names = [str(n) for n in range(8)]
+    records = [(encode(draw(0, "val", n)[0]), f"{n}", n) for n in range(8)]
+    written = {s: write_split(f"{tmp_path}/few", s, records, names) for s in ("train", "val")}
+    write_manifest(f"{tmp_path}/few", written, names)
+    assert evaluate([f"{tmp_path}/run"], data=f"{tmp_path}/few")["images"] == 8
+    kept = open_trained(f"{tmp_path}/run").classes
+    assert kept
+    assert kept.names == tuple(str(n) for n in range(10))
 
 
 def test_a_network_that_has_diverged_is_not_evaluated(run: str, data: str, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pipeline.mesh import Mesh
@@ -68,6 +70,36 @@ def test_towers_go_to_nodes_set_aside_for_them() -> None:
 )
 def test_towers_share_the_cores_of_their_node_alone(nodes: list[Node], threads: int) -> None:
     assert decide(nodes, config()).threads == threads
+
+
+@pytest.mark.parametrize(
+    ("nodes", "given", "cpu"),
+    [
+        ([{"CPU": 0.5, "GPU": 1}, {"CPU": 16, "GPU": 1}], {}, 0.5),  # not two on the second
+        (
+            [{"CPU": 2, "GPU": 4}, {"CPU": 64, "GPU": 1}],
+            {"replicas": 2},
+            0.65,
+        ),  # three on the first
+        # Augmenters need no GPU, and may be where there is none.
+        ([{"CPU": 2, "GPU": 2}, {"CPU": 64}], {"augmenters": "40:64"}, 1.0),
+        ([{"CPU": 2, "towers": 1}, {"CPU": 2}], {"augmenters": "2:8"}, 1.0),
+    ],
+)
+def test_a_tower_has_all_that_it_needs_on_one_node(
+    nodes: list[Node], given: dict[str, Any], cpu: float
+) -> None:
+    where = decide(nodes, config(**given))
+    assert where.tower["CPU"] == cpu
+    fit = (min(int(node.get(k, 0) / n) for k, n in where.tower.items()) for node in nodes)
+    assert sum(fit) >= where.mesh.size
+    assert where.threads == max(1, int(cpu))
+
+
+def test_a_gpu_without_a_cpu_holds_no_tower() -> None:
+    nodes: list[Node] = [{"CPU": 0, "GPU": 1}, {"CPU": 16, "GPU": 1}]
+    with pytest.raises(Lacking, match=r"at least 0\.15, a tower's beside its GPU, the cluster has"):
+        decide(nodes, config())
 
 
 def test_gpus_of_nodes_set_aside_for_others_do_not_count() -> None:

@@ -13,7 +13,7 @@ from ray.tune.schedulers.pbt import _explore
 from pipeline.recipes import RECIPES
 from workers.cli import main
 from workers.config import configure
-from workers.search import Search, _again, _best, _drawn
+from workers.search import Search, _again, _best, _drawn, _rounded
 from workers.space import CHANGEABLE, Domain, published, read_space
 
 
@@ -46,6 +46,21 @@ def test_a_domain_is_drawn_from_as_it_says() -> None:
     even, logarithmic = (_drawn(Domain(low=1e-6, high=1.0, log=log)) for log in (False, True))
     assert 0.3 < np.median([even.sample() for _ in range(200)]) < 0.7
     assert 1e-4 < np.median([logarithmic.sample() for _ in range(200)]) < 1e-2
+
+
+def test_a_range_of_a_number_with_a_fraction_may_be_given_in_whole_ones(tmp_path: Path) -> None:
+    """Tune's population-based training would round all that comes of whole ends."""
+    (tmp_path / "s.toml").write_text("lrn_k = { low = 1, high = 4 }\nbatch = { low = 8, high = 9 }")
+    space, _ = read_space(f"{tmp_path}/s.toml", {"network": "alexnet"})
+    assert [type(end) for end in space["lrn_k"].ends] == [float, float]
+    assert [type(end) for end in space["batch"].ends] == [int, int]
+
+
+def test_settings_are_rounded_within_what_is_allowed() -> None:
+    space = {"momentum": Domain(low=0.8, high=0.9999), "batch": Domain(choices=(32, 64))}
+    given = {"momentum": 0.99987, "batch": 64}
+    assert _rounded(given, space) == given
+    assert _rounded({"momentum": 0.87654}, space) == {"momentum": 0.877}
 
 
 def test_the_best_trial_is_of_those_that_came_to_their_end_if_any_did() -> None:
