@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from datasets import DataError
-from datasets.storage import said
+from datasets.storage import passing, refused, said
 
 HEADERS: dict[str, Any] = {"cache_type": "readahead", "block_size": 1 << 16}
 """How far an archive is read ahead: about to the next header, not through the images."""
@@ -137,6 +137,8 @@ def zip_members(file: Any, place: str) -> Iterator[Member]:
     except DataError:
         raise
     except Exception as error:  # zipfile raises whatever a damaged directory makes it stumble on
+        if passing(error) or refused(error):
+            raise
         raise DataError(f"{place}: not readable as zip ({said(error)}); copy it again") from error
 
 

@@ -67,6 +67,11 @@ def _ranges(entries: Sequence[Entry]) -> Iterator[bytes | str]:
     got: list[bytes | Exception | None] = [None] * len(entries)
     places = {file: storage(file) for file in {e.file for e in entries}}
     small = [n for n, e in enumerate(entries) if max(e.length, e.packed) <= MAX_BYTES]
+    for n in (
+        n for n in small if not _stored(entries[n])
+    ):  # asked for, a store sends the whole file
+        got[n] = b""
+    small = [n for n in small if got[n] is None]
     for fs in {places[entries[n].file][0] for n in small}:  # a list may name several stores
         asked = [n for n in small if places[entries[n].file][0] == fs]
         paths = [places[entries[n].file][1] for n in asked]
@@ -95,8 +100,13 @@ def _get(fs: Any, paths: list[str], bounds: list[tuple[int, int]]) -> list[bytes
 
 
 def _bounds(entry: Entry) -> tuple[int, int]:
-    stored = entry.length if entry.packed < 0 else entry.packed
+    stored = _stored(entry)
     return entry.offset, entry.offset + (stored if stored >= 0 else MAX_BYTES + 1)
+
+
+def _stored(entry: Entry) -> int:
+    """Bytes that it takes in its file, less than 0 if unknown."""
+    return entry.length if entry.packed < 0 else entry.packed
 
 
 def _checked(entry: Entry, data: bytes | Exception | None) -> bytes | str:

@@ -18,6 +18,7 @@ from datasets import DataError
 from datasets.fetch import Entry, entries_of
 from datasets.layout import Dataset
 from datasets.shards import WORK, read_manifest
+from datasets.sources import plain
 from datasets.statistics import Sums
 from datasets.storage import matching, parquet, persistent, remove, storage, writable, write_whole
 
@@ -118,10 +119,12 @@ def keep(plan: Preparation, tables: dict[str, Any], before: dict[str, Any] | Non
         fs.makedirs(f"{root}/{WORK}", exist_ok=True)
         for split, table in tables.items():
             path = f"{root}/{WORK}/{split}.parquet"
-            with writable(fs, path) as file, pq.ParquetWriter(file, table.schema) as writer:
+            schema = plain(table.schema)  # each row group would hold a whole dictionary of files
+            with writable(fs, path) as file, pq.ParquetWriter(file, schema) as writer:
                 for number in range(plan.shards[split]):
                     start, stop = plan.bounds(split, number)
-                    writer.write_table(table.slice(start, stop - start), stop - start)
+                    some = table.slice(start, stop - start).cast(schema)
+                    writer.write_table(some, stop - start)
         write_whole(fs, kept, json.dumps({"digest": plan.digest}).encode())
     except OSError as error:
         raise DataError(f"{plan.url}: cannot be written: {error}; free or mend it") from None

@@ -28,6 +28,7 @@ from datasets.storage import (
     matching,
     parquet,
     persistent,
+    said,
     storage,
     writable,
     write_whole,
@@ -162,9 +163,12 @@ def read_manifest(url: str) -> dict[str, Any] | None:
     Raises DataError if it is something else.
     """
     fs, root = storage(url)
-    if not persistent(url, lambda: fs.exists(f"{root}/{MANIFEST}")):
+    try:  # `exists` is False on some stores whatever failed
+        return _parsed(url, persistent(url, lambda: fs.cat_file(f"{root}/{MANIFEST}")))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return _parsed(url, persistent(url, lambda: fs.cat_file(f"{root}/{MANIFEST}")))
+    except PermissionError as error:
+        raise DataError(f"{url}: may not be read ({said(error)}); check its permissions") from None
 
 
 def _parsed(url: str, text: bytes) -> dict[str, Any]:

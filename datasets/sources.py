@@ -97,14 +97,15 @@ def _find(url: str) -> Source:
     fs, root = storage(url)
     if "*" in root:
         files = sorted(fs.glob(root))
-        return _archives(url, fs, [f for f in files if f.endswith(".tar")])
+        base = root.partition("*")[0].rpartition("/")[0]
+        return _archives(url, fs, [f for f in files if f.endswith(".tar")], base)
     fs, root = existing(url)
     if fs.isdir(root):
         return _folder(url, fs, root)
     ending = root.rpartition(".")[2].lower()
     place = address(fs, root)
     if ending == "tar":
-        return _archives(url, fs, [root])
+        return _archives(url, fs, [root], root.rpartition("/")[0])
     if ending == "zip":
         return Source(url, "zip", (Part(place),))
     if ending in ("csv", "tsv", "txt"):
@@ -151,13 +152,13 @@ def _folder(url: str, fs: Any, root: str) -> Source:
     """A folder: looks at what lies in it, or in its folders that are named like splits."""
     files, folders = _parted(fs, root)
     if tars := [f for f in files if f.endswith(".tar")]:
-        return _archives(url, fs, tars)
+        return _archives(url, fs, tars, root)
     deeper = {f: _parted(fs, f) for f in folders if _last(f).lower() in (*SPLITS, "data")}
     below = sorted(file for own, _ in deeper.values() for file in own)
     if any(f.endswith(".parquet") for f in [*files, *below]) or _deep_parquet(fs, folders):
         return _parquet(url)
     if tars := [f for f in below if f.endswith(".tar")]:
-        return _archives(url, fs, tars)
+        return _archives(url, fs, tars, root)
     # A part for each class folder, so that they are listed side by side, unless images lie there.
     parts = [f for f in folders if f not in deeper]
     for folder, (own, classes) in deeper.items():
@@ -189,22 +190,27 @@ def _parted(fs: Any, folder: str) -> tuple[list[str], list[str]]:
     return files, [entry["name"].rstrip("/") for entry in found if entry["type"] == "directory"]
 
 
-def _archives(url: str, fs: Any, paths: Sequence[str]) -> Source:
-    """One or more tars, of which the first tells what they are."""
+def _archives(url: str, fs: Any, paths: Sequence[str], base: str) -> Source:
+    """One or more tars in or below the folder `base`, of which the first tells what they are."""
     if not paths:
         raise DataError(f"{url}: no tars of such a name")
     first = address(fs, paths[0])
     with opened(first, **HEADERS) as file:
         head = list(islice(tar_members(file, first), HEAD))
         if head and head[0].name.endswith(".tar"):
+            if len(paths) > 1:
+                raise DataError(
+                    f"{url}: {_last(first)} is a tar of tars, and there are {len(paths) - 1} more; "
+                    "prepare them one by one"
+                )
             return Source(url, "tar", tuple(_inner(first, file)))
-    splits = [_split_of(path) for path in paths]
+    splits = [_split_of(path, base) for path in paths]
     if holds_samples(head):
         files = (Part(address(fs, p), split=s) for p, s in zip(paths, splits, strict=True))
         return Source(url, "webdataset", tuple(files))
     if len(paths) == 1:
         return Source(url, "tar", (Part(first),))
-    if all(_split_of(_last(path)) for path in paths) or _in_pieces(fs, paths, head):
+    if all(split_word(_last(path)) for path in paths) or _in_pieces(fs, paths, head):
         parts = (Part(address(fs, p), split=s) for p, s in zip(paths, splits, strict=True))
         return Source(url, "tar", tuple(parts))
     # ILSVRC's outer tar, unpacked: a tar for each class.
@@ -326,9 +332,9 @@ def _paths(schema: Any) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _split_of(path: str) -> str:
-    """By its name or the folder that it lies in."""
-    return split_word("/".join(path.split("/")[-2:]))
+def _split_of(path: str, base: str) -> str:
+    """By its name or the folder that it lies in, if that is below `base`."""
+    return split_word("/".join(path.removeprefix(base).strip("/").split("/")[-2:]))
 
 
 def _last(path: str) -> str:

@@ -272,7 +272,8 @@ def refused(error: BaseException) -> bool:
 def _status(error: BaseException) -> int | None:
     """The status of HTTP that an error tells of, if it does."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    return status or getattr(error, "status", None)
+    code = getattr(error, "code", None)  # gcsfs
+    return status or getattr(error, "status", None) or (code if isinstance(code, int) else None)
 
 
 def _unreadable(what: str, error: BaseException) -> DataError:

@@ -6,14 +6,16 @@ import json
 import os
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import made
 import pyarrow.parquet as pq
 import pytest
 from made import plan, prepare, rows
 
-from datasets import DataError
+from datasets import DataError, fetch
 from datasets.kept import Options, complete, finished
 from datasets.listing import read_labels, read_list, read_words
 from datasets.preparation import make_shard
@@ -87,6 +89,57 @@ def test_tars_of_class_folders_are_splits(inner: str, tmp_path: Path) -> None:
     tarred(tmp_path / "flat/test.tar", "2.jpg")
     with pytest.raises(DataError, match=r"\d.jpg: in no class folder"):
         prepare(f"{tmp_path}/flat", tmp_path / "none", WHOLE)
+
+
+def test_where_the_source_lies_makes_no_split(tmp_path: Path) -> None:
+    for split in "train", "val":
+        for kind in "cat", "dog":
+            tarred(tmp_path / f"dev/photos-{split}-{kind}.tar", f"{kind}/{split}.jpg")
+    manifest = prepare(f"{tmp_path}/dev", tmp_path / "shards", WHOLE)
+    assert manifest["rows"] == {"train": 2, "val": 2}
+    assert prepare(f"{tmp_path}/dev/*.tar", tmp_path / "again", WHOLE) == manifest
+
+
+def test_a_tar_of_tars_is_not_all_that_is_taken_of_several(tmp_path: Path) -> None:
+    inner = made.tar_bytes([("1.jpg", made.encoded(1))])
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/a_train.tar").write_bytes(made.tar_bytes([("n1.tar", inner)]))
+    tarred(tmp_path / "all/b_val.tar", "1.jpg")
+    said = r"a_train.tar is a tar of tars, and there are 1 more; prepare them one by one"
+    with pytest.raises(DataError, match=said):
+        prepare(f"{tmp_path}/all", tmp_path / "shards", WHOLE)
+
+
+def test_an_empty_image_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store would send the whole tar for it."""
+    (tmp_path / "in").mkdir()
+    images = [("cat/1.jpg", made.encoded(1)), ("cat/2.jpg", b""), ("dog/3.jpg", made.encoded(3))]
+    (tmp_path / "in/t.tar").write_bytes(made.tar_bytes(images))
+    asked, get = list[int](), fetch._get
+
+    def noted(fs: Any, paths: list[str], bounds: list[tuple[int, int]]) -> Any:
+        asked.extend(stop - start for start, stop in bounds)
+        return get(fs, paths, bounds)
+
+    monkeypatch.setattr(fetch, "_get", noted)
+    skipping = replace(WHOLE, on_error="skip")
+    assert prepare(f"{tmp_path}/in/t.tar", tmp_path / "out", skipping)["rows"] == {"train": 2}
+    assert asked
+    assert all(asked)
+
+
+def test_a_plan_does_not_name_all_files_in_each_row_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.preparation.SHARD_BYTES", 10_000)
+    folder = files(tmp_path / "in", *(f"{kind}/{n:04}.jpg" for kind in "ab" for n in range(40)))
+    shards = plan(str(folder), tmp_path / "out", WHOLE).shards["train"]
+    (kept,) = (tmp_path / "out").rglob("train.parquet")
+    with pq.ParquetFile(kept) as file:
+        groups = [file.metadata.row_group(n) for n in range(file.num_row_groups)]
+    assert len(groups) == shards > 4
+    each = len(f"{folder}/a/0000.jpg") + 4
+    assert max(g.column(0).total_uncompressed_size for g in groups) < 2 * each * 80 / shards
 
 
 @pytest.mark.parametrize("loose", ["test/1.jpg", "train/cover.jpg", "cover.jpg"])
