@@ -10,10 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets import DataError
+from datasets.layout import Dataset
 from datasets.listing import by_folder, ordered, plain_path, stem
 from datasets.plan import Plan
 from datasets.randomness import stream
 from datasets.sources import Source
+from datasets.storage import persistent, storage
+
+WINDOW_ROWS, WINDOW_BYTES = 2048, 128 << 20
+"""Of Parquet, within which rows are shuffled: half of what `Rows` keeps, at most."""
 
 
 def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
@@ -135,9 +140,20 @@ def order_of(
     ordered_rows = []
     for part in sorted(set(given.tolist())):
         groups = source.dataset.groups(part or "train")
-        plan = Plan(groups, sum(groups), seed=seed, epoch=0)
+        window = _window(source.dataset, part or "train")
+        plan = Plan(groups, sum(groups), seed=seed, epoch=0, window=window)
         place = np.full(sum(groups), -1)
         place[numbers[given == part]] = rows[given == part]
         drawn = place[plan.batch_rows(0)]
         ordered_rows.append(drawn[drawn >= 0])
     return np.concatenate(ordered_rows)
+
+
+def _window(dataset: Dataset, split: str) -> int:
+    """Rows of a window: 2,048, but no more than a reader keeps by the sizes of some files, so that
+    it reads each row group once.
+    """
+    some = dataset.shards(split)[:8]
+    rows, places = sum(shard.rows for shard in some), [storage(shard.path) for shard in some]
+    size = persistent(dataset.root, lambda: sum(fs.size(path) or 0 for fs, path in places))
+    return max(1, min(WINDOW_ROWS, WINDOW_BYTES * rows // max(size, 1)))

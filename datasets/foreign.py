@@ -99,7 +99,7 @@ def columns(path: str, schema: Any, labelled: bool = True) -> tuple[str, str, tu
     `labelled`, a missing label column is "".
     """
     features = _features(schema)
-    images = [field.name for field in schema if _holds_images(field.type)]
+    images = [field.name for field in schema if holds_images(field.type)]
     labels = [field.name for field in schema if pa.types.is_integer(field.type)]
     said = [name for name in images if features.get(name, {}).get("_type") == "Image"]
     image = _first(said, IMAGES) or _first(images, IMAGES)
@@ -124,7 +124,7 @@ def check_columns(path: str, schema: Any, image: str, label: str) -> None:
     for name in filter(None, (image, label)):
         if (count := schema.names.count(name)) > 1:
             raise DataError(f"{path}: {count} columns are called {name!r}; rename all but one")
-    if not _holds_images(kind := schema.field(image).type):
+    if not holds_images(kind := schema.field(image).type):
         raise DataError(f"{path}: {image!r} is {kind}, no encoded images")
     if label and not pa.types.is_integer(kind := schema.field(label).type):
         raise DataError(f"{path}: {label!r} is {kind}, no integer")
@@ -160,7 +160,8 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
     return {name: value for name, value in features if isinstance(value, dict)}
 
 
-def _holds_images(kind: Any) -> bool:
+def holds_images(kind: Any) -> bool:
+    """Whether a column of this type may be of encoded images."""
     if pa.types.is_struct(kind):
         at = kind.get_field_index("bytes")
         kind = kind.field(at).type if at >= 0 else kind

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from datasets import DataError
 from datasets.archives import HEADERS, Member, tar_members, zip_members
-from datasets.foreign import SPLITS, split_word
+from datasets.foreign import SPLITS, holds_images, split_word
 from datasets.images import is_image
 from datasets.layout import Dataset
 from datasets.listing import list_columns, read_list, stem
@@ -112,7 +112,9 @@ def _find(url: str) -> Source:
         return Source(url, "list", (Part(place),))
     if ending == "parquet":
         with parquet(place) as file:
-            if list_columns(file.schema_arrow.names) and _paths(file.schema_arrow):
+            schema = file.schema_arrow
+            whole = any(holds_images(field.type) for field in schema)  # and no list of paths
+            if not whole and list_columns(schema.names) and _paths(schema):
                 return Source(url, "list", (Part(place),))
         return _parquet(url)
     if ending in ("gz", "tgz", "bz2", "xz", "zst"):

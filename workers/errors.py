@@ -12,5 +12,9 @@ class RunFailed(RuntimeError):
     """The run could not go on; its one line says why and what is kept. Exit code 1."""
 
 
+class Diverged(RunFailed):
+    """The loss is no number, and would be none again."""
+
+
 class ClusterLost(RunFailed):
     """The Ray that this process belongs to is gone; another process can go on with the run."""

@@ -169,12 +169,16 @@ def _code(info: Any) -> int:
 
 def known(client: JobSubmissionClient, job: str) -> Any:
     """Ray's details of a job. Raises UserError if the cluster knows none of this name."""
+    unknown = UserError(f"{job}: no such job; `towers jobs` lists them")
     try:
-        return client.get_job_info(job)
+        found = client.get_job_info(job)
     except RuntimeError as error:
         if re.search(r"\b404\b|does not exist", str(error)):
-            raise UserError(f"{job}: no such job; `towers jobs` lists them") from None
+            raise unknown from None
         raise
+    if found.submission_id != job:  # Ray knows programs by a number too, and stops none by that
+        raise unknown
+    return found
 
 
 def listed(client: JobSubmissionClient) -> list[tuple[str, ...]]:

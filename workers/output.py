@@ -24,6 +24,14 @@ def same(one: str, other: str) -> bool:
     return type(fs) is type(fs2) and path == path2
 
 
+def inside(url: str, folder: str) -> bool:
+    """Whether a path or URL leads to a place below that of another."""
+    (fs, path), (fs2, base) = storage(url), storage(folder)
+    if isinstance(fs, LocalFileSystem) and isinstance(fs2, LocalFileSystem):
+        path, base = os.path.realpath(path), os.path.realpath(base)
+    return type(fs) is type(fs2) and path.startswith(base.rstrip("/") + "/")
+
+
 def check_output(url: str, ending: str = "", reads: Iterable[str] = ()) -> None:
     """Raises UserError if no file can be written to a path or URL, its name has another ending, or
     it is among what the command `reads`: before the work, not after.

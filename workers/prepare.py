@@ -17,7 +17,7 @@ from datasets.sources import Source, find_source, scan
 from datasets.storage import storage
 from workers.cluster import connected
 from workers.config import UserError
-from workers.output import same
+from workers.output import inside, same
 from workers.progress import Progress
 from workers.spread import only_here, spread
 
@@ -49,6 +49,11 @@ def prepare(
     options, progress = options or Options(), progress or Progress()
     if same(source, shards):
         raise UserError(f"{shards} is where the images are; name another folder for the shards")
+    if inside(shards, source):
+        raise UserError(
+            f"{shards} lies inside {source}, of which it would be taken for a part by the next "
+            "call; name a folder elsewhere for the shards"
+        )
     found = find_source(source)
     words = read_words(synsets or "") if synsets else _words(source)
     told = read_labels(labels, list(words)) if labels else None

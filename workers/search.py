@@ -34,7 +34,8 @@ Algorithm = Literal["random", "optuna", "pbt"]
 
 class Population(PopulationBasedTraining):
     """Population-based training that leaves a trial alone which is `done`: of another's weights at
-    their end it would train nothing, and pass their error off as that of its own settings.
+    their end it would train nothing, and pass their error off as that of its own settings. And it
+    judges nobody until all have been measured, at the start and once a search is resumed.
     """
 
     def __init__(self, done: Callable[[dict[str, Any], dict[str, Any]], bool], **given: Any):
@@ -45,6 +46,10 @@ class Population(PopulationBasedTraining):
         if "why" not in result and self.done(trial.config, result):
             return self.CONTINUE
         return super().on_trial_result(tune_controller, trial, result)
+
+    def _quantiles(self) -> tuple[list[Any], list[Any]]:
+        living = [s for trial, s in self._trial_state.items() if not trial.is_finished()]
+        return super()._quantiles() if all(s.last_score is not None for s in living) else ([], [])
 
 
 @dataclass(frozen=True)
@@ -241,8 +246,8 @@ def _rounded(settings: dict[str, Any], space: Space) -> dict[str, Any]:
     def short(name: str, value: Any) -> Any:
         if not isinstance(value, float):
             return value
-        domain, three = space[name], float(f"{value:.3g}")
-        return three if domain.choices or domain.nearest(three) == three else value
+        three, domain = float(f"{value:.3g}"), space.get(name)
+        return value if domain and domain.nearest(three) != three else three
 
     return {name: short(name, value) for name, value in settings.items()}
 

@@ -23,7 +23,7 @@ from workers.actors import Actors
 from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import check_classes, classes_of, drawn, keep, known_statistics, measured
-from workers.errors import RunFailed
+from workers.errors import Diverged, RunFailed
 from workers.fleet import Fleet
 from workers.guard import in_order
 from workers.patience import patiently
@@ -221,8 +221,10 @@ class _Run:
         lost = [] if isinstance(cause, NotANumber) else actors.lost(cause)
         if not lost:
             why = f"{kind}: {textwrap.shorten(text, 300)}; {self._kept()}"
-            lower = "; a lower rate may be what it needs: --resume --rate RATE"
-            raise RunFailed(why + lower * isinstance(cause, NotANumber)) from error
+            if isinstance(cause, NotANumber):
+                lower = "a lower rate may be what it needs: --resume --rate RATE"
+                raise Diverged(f"{why}; {lower}") from error
+            raise RunFailed(why) from error
         self.restarts += 1
         self.row += 1
         if self.row > self.job.config.restarts:

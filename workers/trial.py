@@ -18,7 +18,7 @@ from datasets.storage import storage, write_whole
 from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import known_statistics
-from workers.errors import ClusterLost, RunFailed
+from workers.errors import Diverged
 from workers.pool import Pool
 from workers.progress import Progress
 from workers.run import COMPLETE, CONFIG, checkpoint_url, checkpoints, is_run, occupied
@@ -60,11 +60,8 @@ def trial(settings: dict[str, Any], make: Make, pool: Pool, folder: str) -> None
                 progressed=reporter.checkpointed,
                 pool=replace(pool, name=name),
             )
-        except ClusterLost:
-            raise
-        except (DataError, UserError, RunFailed) as error:
-            # Such as a loss that is not a number: another try would end the same way.
-            reporter.failed(str(error))
+        except (DataError, UserError, Diverged) as error:
+            reporter.failed(str(error))  # another try would end the same way
         else:
             reporter.ended(result)
 

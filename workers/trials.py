@@ -31,7 +31,7 @@ from workers.progress import Progress
 from workers.trial import Make, statistics_place, trial
 
 TUNE = "tune"
-FAILURES = 3  # times that a trial whose process was killed is started again
+FAILURES = 3  # times that a trial which was killed, or could not go on, is started again
 
 
 @dataclass(frozen=True)
@@ -207,10 +207,10 @@ class _Told(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         placement.free(trial.trial_id)
-        self.progress.say(f"trial {trial.trial_id} lost its process for good")
+        self.progress.say(f"trial {trial.trial_id} broke off for good")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self.progress.say(f"trial {trial.trial_id} lost its process: it goes on")
+        self.progress.say(f"trial {trial.trial_id} broke off: it goes on")
 
 
 class _Stop(tune.Stopper):

@@ -7,10 +7,12 @@ import os
 import tarfile
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import made
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made import plan, prepare, rows
@@ -19,7 +21,8 @@ from datasets import DataError, fetch
 from datasets.kept import Options, complete, finished
 from datasets.listing import read_labels, read_list, read_words
 from datasets.preparation import make_shard
-from datasets.shards import open_dataset
+from datasets.rows import Rows
+from datasets.shards import open_dataset, write_manifest, write_split
 
 WHOLE = Options(size=16, holdout=0, keep=True)
 
@@ -140,6 +143,38 @@ def test_a_plan_does_not_name_all_files_in_each_row_group(
     assert len(groups) == shards > 4
     each = len(f"{folder}/a/0000.jpg") + 4
     assert max(g.column(0).total_uncompressed_size for g in groups) < 2 * each * 80 / shards
+
+
+def test_parquet_of_large_images_is_shuffled_in_smaller_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that each row group is read once: `Rows` keeps a window."""
+    names = ["cat", "dog"]
+    records = [(made.encoded(n), f"{n}.jpg", n % 2) for n in range(60)]
+    written = write_split(f"{tmp_path}/in", "train", records, names, rows_per_group=4)
+    monkeypatch.setattr(
+        "datasets.assignment.WINDOW_BYTES", 8 * sum(len(image) for image, *_ in records) // 60
+    )
+    write_manifest(f"{tmp_path}/in", {"train": written}, names)
+    read, groups = Rows._fetch, list[int]()
+
+    def noted(self: Rows, number: int) -> Any:
+        groups.append(number)
+        return read(self, number)
+
+    monkeypatch.setattr(Rows, "_fetch", noted)
+    monkeypatch.setattr(fetch, "Rows", partial(Rows, cache_groups=3))
+    prepare(f"{tmp_path}/in", tmp_path / "out", WHOLE)
+    found = [image for _, image in rows(tmp_path / "out", "train")]
+    assert sorted(found) == sorted(image for image, *_ in records)
+    assert len(groups) < 3 * 15  # for a mean, and once for the images
+
+
+def test_parquet_of_images_and_their_names_is_no_list(tmp_path: Path) -> None:
+    table = {"image": [made.encoded(n) for n in range(4)], "filename": list("abcd")}
+    table |= {"label": [0, 1, 0, 1]}
+    pq.write_table(pa.table(table), tmp_path / "all.parquet")
+    assert prepare(f"{tmp_path}/all.parquet", tmp_path / "out", WHOLE)["rows"] == {"train": 4}
 
 
 @pytest.mark.parametrize("loose", ["test/1.jpg", "train/cover.jpg", "cover.jpg"])

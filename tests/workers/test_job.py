@@ -282,13 +282,13 @@ for name, part in (("cut", lines[25:40]), ("again", lines[40:])):
     assert len(got) == len(set(got))
 
 
-@pytest.mark.parametrize("command", [("logs", "none"), ("stop", "none")])
+@pytest.mark.parametrize("command", [("logs", "01000000"), ("stop", "none")])
 def test_an_unknown_job_is_named(
     command: tuple[str, str], dashboard: str, environment: dict[str, str], tmp_path: Path
 ) -> None:
     done = towers(environment, tmp_path, *command, "--address", dashboard)
     assert done.returncode == 2
-    assert done.stderr == "towers: none: no such job; `towers jobs` lists them\n"
+    assert done.stderr == f"towers: {command[1]}: no such job; `towers jobs` lists them\n"
 
 
 def test_who_has_no_token_is_told(

@@ -166,6 +166,7 @@ def test_what_was_prepared_is_valid_until_it_is_damaged(
         (["SOURCE", "out", "--workers", "0"], "workers is 0: at least 1"),
         (["SOURCE", "out", "--labels", "none.txt"], "none.txt: no such file"),
         (["SOURCE", "SOURCE"], "is where the images are; name another folder"),
+        (["SOURCE", "SOURCE/out"], "/out lies inside "),
         (["gs+nothing://x", "out"], "Protocol not known"),
         (["SOURCE", "out", "--split", "../up"], "a split '../up': letters, digits, - and _ are"),
         (["abfs://container/x", "out"], "abfs://container/x: Install adlfs to access"),
@@ -181,7 +182,7 @@ def test_a_mistake_is_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["prepare", *(source if o == "SOURCE" else o for o in options)]) == 2
+    assert main(["prepare", *(o.replace("SOURCE", source) for o in options)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("towers: ")
     assert message in error

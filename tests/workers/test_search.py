@@ -62,7 +62,7 @@ def found(
             if "epoch 1" in text and not self.killed:
                 self.killed = True
                 kill_own("ray::ImplicitFunc")
-            if "lost its process: it goes on" in text:
+            if "broke off: it goes on" in text:
                 raise Interrupted
 
     class Listener(Progress):

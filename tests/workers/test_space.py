@@ -61,6 +61,11 @@ def test_settings_are_rounded_within_what_is_allowed() -> None:
     given = {"momentum": 0.99987, "batch": 64}
     assert _rounded(given, space) == given
     assert _rounded({"momentum": 0.87654}, space) == {"momentum": 0.877}
+    space = {"rate": Domain(choices=(0.01234,))}
+    assert _rounded({"rate": 0.01234, "decay": 0.01234}, space) == {
+        "rate": 0.01234,
+        "decay": 0.0123,
+    }
 
 
 def test_the_best_trial_is_of_those_that_came_to_their_end_if_any_did() -> None:
@@ -104,8 +109,16 @@ def test_a_population_changes_settings_a_little_and_leaves_alone_who_is_done() -
     for last in (report, {**report, "epoch": 2, "step": 20}):
         assert scheduler.on_trial_result(controller, trial, last) == scheduler.CONTINUE
     assert scheduler._trial_state[trial].last_score is None
-    scheduler.on_trial_result(controller, trial, {**report, "epoch": 2})
+    others = [Trial("towers", config=settings, stub=True) for _ in range(3)]
+    for other in others:
+        scheduler.on_trial_add(controller, other)
+    for error, other in enumerate([trial, *others]):
+        assert scheduler._quantiles() == ([], [])  # who is not measured may be the worst
+        scheduler._trial_state[other].last_perturbation_time = 0
+        line = {**report, "epoch": 1, "top1_error": 0.5 + error / 10}
+        scheduler.on_trial_result(controller, other, line)
     assert scheduler._trial_state[trial].last_score == -0.5
+    assert scheduler._quantiles() == ([others[-1]], [trial])
 
 
 @pytest.mark.parametrize(
