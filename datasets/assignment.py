@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from datasets import DataError
 from datasets.layout import Dataset
 from datasets.listing import by_folder, ordered, plain_path, stem
-from datasets.plan import Plan
+from datasets.plan import WINDOW, Plan
 from datasets.randomness import stream
+from datasets.rows import Rows
 from datasets.sources import Source
 from datasets.storage import persistent, storage
 
-WINDOW_ROWS, WINDOW_BYTES = 2048, 128 << 20
-"""Of Parquet, within which rows are shuffled: half of what `Rows` keeps, at most."""
+WINDOW_BYTES = Rows.cache_bytes // 2
+"""Of Parquet, within which rows are shuffled, at most."""
 
 
 def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
@@ -150,10 +151,10 @@ def order_of(
 
 
 def _window(dataset: Dataset, split: str) -> int:
-    """Rows of a window: 2,048, but no more than a reader keeps by the sizes of some files, so that
-    it reads each row group once.
+    """Rows of a window: as in an epoch, but no more than a reader keeps by the sizes of some files,
+    so that it reads each row group once.
     """
     some = dataset.shards(split)[:8]
     rows, places = sum(shard.rows for shard in some), [storage(shard.path) for shard in some]
     size = persistent(dataset.root, lambda: sum(fs.size(path) or 0 for fs, path in places))
-    return max(1, min(WINDOW_ROWS, WINDOW_BYTES * rows // max(size, 1)))
+    return max(1, min(WINDOW, WINDOW_BYTES * rows // max(size, 1)))

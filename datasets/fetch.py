@@ -66,12 +66,13 @@ def _rows(entries: Sequence[Entry], rows: Rows) -> Iterator[bytes | str]:
 def _ranges(entries: Sequence[Entry]) -> Iterator[bytes | str]:
     got: list[bytes | Exception | None] = [None] * len(entries)
     places = {file: storage(file) for file in {e.file for e in entries}}
-    small = [n for n, e in enumerate(entries) if max(e.length, e.packed) <= MAX_BYTES]
-    for n in (
-        n for n in small if not _stored(entries[n])
-    ):  # asked for, a store sends the whole file
-        got[n] = b""
-    small = [n for n in small if got[n] is None]
+    small = []
+    for n, entry in enumerate(entries):
+        if max(entry.length, entry.packed) <= MAX_BYTES:
+            if _stored(entry):
+                small.append(n)
+            else:  # asked for nothing, a store sends the whole file
+                got[n] = b""
     for fs in {places[entries[n].file][0] for n in small}:  # a list may name several stores
         asked = [n for n in small if places[entries[n].file][0] == fs]
         paths = [places[entries[n].file][1] for n in asked]

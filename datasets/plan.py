@@ -15,6 +15,9 @@ from datasets.randomness import stream
 
 RowNumbers = NDArray[np.int64]
 
+WINDOW = 2048
+"""Rows within which an epoch is shuffled, or a few more."""
+
 
 class Plan:
     """The batches of one epoch over row groups of `groups` rows each.
@@ -33,7 +36,7 @@ class Plan:
         *,
         seed: int,
         epoch: int,
-        window: int = 2048,
+        window: int = WINDOW,
     ) -> None:
         sizes = np.asarray(groups, np.int64)
         for name, value in (("batch", batch), ("window", window)):

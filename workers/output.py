@@ -18,18 +18,19 @@ from workers.config import UserError
 
 def same(one: str, other: str) -> bool:
     """Whether two paths or URLs lead to one place."""
-    (fs, path), (fs2, path2) = storage(one), storage(other)
-    if isinstance(fs, LocalFileSystem) and isinstance(fs2, LocalFileSystem):
-        return os.path.realpath(path) == os.path.realpath(path2)
-    return type(fs) is type(fs2) and path == path2
+    return _place(one) == _place(other)
 
 
 def inside(url: str, folder: str) -> bool:
     """Whether a path or URL leads to a place below that of another."""
-    (fs, path), (fs2, base) = storage(url), storage(folder)
-    if isinstance(fs, LocalFileSystem) and isinstance(fs2, LocalFileSystem):
-        path, base = os.path.realpath(path), os.path.realpath(base)
-    return type(fs) is type(fs2) and path.startswith(base.rstrip("/") + "/")
+    (kind, path), (other, base) = _place(url), _place(folder)
+    return kind is other and path.startswith(base.rstrip("/") + "/")
+
+
+def _place(url: str) -> tuple[type, str]:
+    """The kind of store that a path or URL is of, and where in it that leads."""
+    fs, path = storage(url)
+    return type(fs), os.path.realpath(path) if isinstance(fs, LocalFileSystem) else path
 
 
 def check_output(url: str, ending: str = "", reads: Iterable[str] = ()) -> None:

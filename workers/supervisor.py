@@ -213,9 +213,7 @@ class _Run:
             raise cause from None
         kind = type(cause).__name__
         text = (str(cause).strip().splitlines() or ["no message"])[0]
-        if getattr(
-            cause, "actor_init_failed", False
-        ):  # an exception, which another would raise too
+        if getattr(cause, "actor_init_failed", False):  # by an exception, as any other's would
             text = str(cause).strip().splitlines()[-1]
             raise RunFailed(f"{textwrap.shorten(text, 300)}; {self._kept()}") from error
         lost = [] if isinstance(cause, NotANumber) else actors.lost(cause)

@@ -282,7 +282,7 @@ for name, part in (("cut", lines[25:40]), ("again", lines[40:])):
     assert len(got) == len(set(got))
 
 
-@pytest.mark.parametrize("command", [("logs", "01000000"), ("stop", "none")])
+@pytest.mark.parametrize("command", [("logs", "none"), ("stop", "none"), ("stop", "01000000")])
 def test_an_unknown_job_is_named(
     command: tuple[str, str], dashboard: str, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -75,12 +75,10 @@ def test_towers_share_the_cores_of_their_node_alone(nodes: list[Node], threads: 
 @pytest.mark.parametrize(
     ("nodes", "given", "cpu"),
     [
-        ([{"CPU": 0.5, "GPU": 1}, {"CPU": 16, "GPU": 1}], {}, 0.5),  # not two on the second
-        (
-            [{"CPU": 2, "GPU": 4}, {"CPU": 64, "GPU": 1}],
-            {"replicas": 2},
-            0.65,
-        ),  # three on the first
+        # Not two on the second.
+        ([{"CPU": 0.5, "GPU": 1}, {"CPU": 16, "GPU": 1}], {}, 0.5),
+        # Three on the first.
+        ([{"CPU": 2, "GPU": 4}, {"CPU": 64, "GPU": 1}], {"replicas": 2}, 0.65),
         # Augmenters need no GPU, and may be where there is none.
         ([{"CPU": 2, "GPU": 2}, {"CPU": 64}], {"augmenters": "40:64"}, 1.0),
         ([{"CPU": 2, "towers": 1}, {"CPU": 2}], {"augmenters": "2:8"}, 1.0),
