@@ -211,7 +211,7 @@ def cifar() -> dict[str, Any]:
         "scale": 1 / 64,
         "pad": 4,
         "epochs": 5,
-        "rate": 0.01,
+        "rate": 0.03,
         "schedule": "steps",
         "drops": (4.0, 4.75),
         "decay": 1e-3,

@@ -17,8 +17,7 @@ GOAL = 0.25  # the training error that the paper's figure 1 counts iterations to
 
 @dataclass(frozen=True)
 class Arm:
-    """A recipe: settings beside its network's own, trained for `epochs` at scale 1; the epochs of
-    `drops` among them move with it.
+    """A recipe: settings beside its network's own, trained for `epochs` at scale 1.
 
     Each of its `rates` is tried with the first seed, and the best one taken for the others: the one
     with the lowest error, or with `to_goal`, where a run ends at that training error, the one that
@@ -39,10 +38,10 @@ PLAIN = {"crops": False, "mirror": False, "colour": 0.0}
 BARE = {**PLAIN, "lrn": False, "decay": 0.0, "schedule": "steps", "drops": (), "warmup": 0}
 RATES = (0.01, 0.03, 0.1)
 # Pixels as they are, and all weights drawn alike, as the paper has them (2, 5).
-UNSCALED = {**CIFAR, "scale": 1.0, "init_std": 0.01, "drops": (8.0, 9.5)}
+UNSCALED = {**CIFAR, "scale": 1.0, "init_std": 0.01}
 AS_THEN = {**UNSCALED, **BARE, "columns": 1}
-# Where pixels are scaled, as in `base`, LRN's sum is next to nothing. Alpha is that of the authors'
-# network for this claim (cuda-convnet, layers-conv-local-11pct.cfg: .001 over a window of 5).
+# Alpha of the authors' network for this claim (cuda-convnet, layers-conv-local-11pct.cfg: .001 over
+# a window of 5).
 NORMALISED = {**UNSCALED, "lrn_alpha": 2e-4}
 SLOW = (0.0015, 0.003, 0.006)
 

@@ -158,8 +158,6 @@ class _Lab:
         if self.scale.images:
             settings["images"] = self.scale.images
         epochs = max(1, round(arm.epochs * self.scale.scale))
-        if drops := settings.get("drops"):
-            settings["drops"] = tuple(drop * epochs / arm.epochs for drop in drops)
         more = {"epochs": epochs, "seed": seed, "precision": self.scale.precision}
         return configure({**settings, **more, "shards": self.shards, "run": run or "memory://"})
 
