@@ -23,6 +23,10 @@ from datasets import DataError
 T = TypeVar("T")
 
 
+class StoreFailed(DataError):
+    """A store far away did not answer, or with failures; later it may."""
+
+
 def storage(url: str) -> tuple[Any, str]:
     """The fsspec file system of `url` and the path there.
 
@@ -225,7 +229,7 @@ PAUSE = 0.5
 def persistent(what: str, call: Callable[[], T]) -> T:
     """What `call` returns, tried again while a store far away fails or does not answer.
 
-    Raises DataError, naming `what`, once that was in vain; lets through at once what another
+    Raises StoreFailed, naming `what`, once that was in vain; lets through at once what another
     attempt cannot mend: a missing file, lacking rights, a full disk.
     """
     for attempt in range(ATTEMPTS):
@@ -240,7 +244,7 @@ def persistent(what: str, call: Callable[[], T]) -> T:
         if attempt + 1 < ATTEMPTS:
             time.sleep(PAUSE * 2**attempt)
     reason = said(last)
-    raise DataError(f"{what}: the store failed, again and again ({reason}); try later") from last
+    raise StoreFailed(f"{what}: the store failed, again and again ({reason}); try later") from last
 
 
 _TRIED = (errno.EBUSY, errno.EIO)

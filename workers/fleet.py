@@ -8,6 +8,7 @@ makes a block, how many actors there are and which of them die changes nothing i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from datasets.plan import Itinerary, RowNumbers
 from datasets.statistics import Statistics
 from workers.config import Config
 from workers.parts import READ_AHEAD, Packed, Part
+from workers.patience import patiently
 from workers.placement import Placement
 from workers.pool import Pool
 from workers.watch import Watch
@@ -81,9 +83,8 @@ class Fleet:
                     again=bool(self.pool)
                     or self.itinerary.total_steps > self.itinerary.steps_per_epoch,
                 )
-            batch = loaders[item.split].load(
-                rows, item.epoch, item.training, np.concatenate(later) if later else None
-            )
+            load = partial(loaders[item.split].load, rows, item.epoch, item.training)
+            batch = patiently(partial(load, np.concatenate(later) if later else None))
         except DataError as error:
             return _fault(self.crop, str(error))
         # Rows of a batch are distinct; those that were skipped leave their places empty.

@@ -87,13 +87,25 @@ def bucket(store: Store) -> Iterator[str]:
     reset = urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")
     urllib.request.urlopen(reset).close()  # servers of one process hold the same
     fsspec.filesystem("s3").mkdir("bucket")
+
+    def hurried() -> None:
+        """In each of Ray's processes: a store is given up after ten seconds, not after minutes."""
+        import datasets.storage
+        import workers.patience
+
+        datasets.storage.PAUSE = 0.1
+        workers.patience.PAUSES = 0, 1, 5
+
     ray.shutdown()  # the cluster of the other tests here
     ray.init(
         address="local",
         num_cpus=4,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"env_vars": known | {"PATH": os.environ["PATH"]}},
+        runtime_env={
+            "env_vars": known | {"PATH": os.environ["PATH"]},
+            "worker_process_setup_hook": hurried,
+        },
     )
     yield "s3://bucket"
     ray.shutdown()
@@ -364,7 +376,7 @@ def test_a_store_that_stops_answering(bucket: str, store: Store, tmp_path: Path)
     run = f"{tmp_path}/run"
     given = {"network": "alexnet-mini", "batch": 16, "epochs": 1, "augmenters": "1:1"}
     given |= {"checkpoint_every": 5, "log_every": 1, "shards": url, "run": run}
-    outages = Outages(store, [12, 30], 2.5)
+    outages = Outages(store, [12, 30], 5.0)  # longer than a command asks
     with pytest.raises(DataError, match=r"s3://.*the store failed, again and again"):
         train(configure(given), progress=outages)
     assert not outages.steps
