@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
+from urllib.parse import unquote
 
 import pyarrow as pa
 
@@ -291,9 +292,11 @@ def _listed_parquet(url: str) -> Iterator[tuple[str, str, str]]:
 def _files(source: Source, part: Part) -> Iterator[Found]:
     fs, path = storage(part.file)
     _, root = storage(source.url)
+    # A web server's names are links, and their list has no sizes.
+    plain = unquote if "http" in fs.protocol else str
     for name, size in files_below(fs, path).items():
-        # A list of links on a web server has no sizes.
-        member = Member(name.removeprefix(root).strip("/"), 0, -1 if size is None else size)
+        inner = plain(name).removeprefix(plain(root)).strip("/")
+        member = Member(inner, 0, -1 if size is None else size)
         yield address(fs, name), member, None
 
 

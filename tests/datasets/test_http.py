@@ -42,6 +42,16 @@ def test_a_folder_of_links(server: str, tmp_path: Path) -> None:
     assert sorted(map(bytes, found)) == sorted(data for *_, data in made.images())
 
 
+def test_classes_are_named_as_their_folders_are(server: str, tmp_path: Path) -> None:
+    for name in ("great white", "käse", "100% wool"):
+        (tmp_path / "my photos" / name).mkdir(parents=True)
+        (tmp_path / "my photos" / name / "a 1.png").write_bytes(made.encoded(0))
+    source = find_source(f"{server}/my%20photos")
+    named = {scan(source, part)[0]["name"][0].as_py() for part in source.parts}
+    assert named == {"great white/a 1.png", "käse/a 1.png", "100% wool/a 1.png"}
+    assert images(source) == [made.encoded(0)] * 3
+
+
 def test_a_list_names_images_on_several_stores(server: str, tmp_path: Path) -> None:
     made.make("csv", tmp_path)
     head, first, second, *_ = (tmp_path / "list.csv").read_text().splitlines()
