@@ -89,7 +89,7 @@ def test_a_search_goes_on_where_it_was_broken_off(found: dict[str, Any]) -> None
 def test_the_first_trial_is_the_recipe_and_the_best_one_is_kept(found: dict[str, Any]) -> None:
     trials = read_lines(found["run"], "trials.jsonl")
     assert len(trials) == 2
-    assert found["recipe"]["settings"] == {"rate": 0.01, "lrn_size": 5, "decay": 0.001}
+    assert found["recipe"]["settings"] == {"rate": 0.03, "lrn_size": 5, "decay": 0.001}
     assert found["best"] in trials
     assert found["best"]["top1_error"] == min(trial["top1_error"] for trial in trials)
     text = Path(found["config"]).read_text()
