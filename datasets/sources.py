@@ -155,6 +155,11 @@ def _folder(url: str, fs: Any, root: str) -> Source:
     """A folder: looks at what lies in it, or in its folders that are named like splits."""
     files, folders = _parted(fs, root)
     if tars := [f for f in files if f.endswith(".tar")]:
+        if left := next((f for f in folders if any(map(is_image, _parted(fs, f)[0]))), None):
+            raise DataError(
+                f"{url}: {_last(tars[0])} is a tar, and {_last(left)} a folder of images; name "
+                "the tars alone, as FOLDER/*.tar, or move them"
+            )
         return _archives(url, fs, tars, root)
     deeper = {f: _parted(fs, f) for f in folders if _last(f).lower() in (*SPLITS, "data")}
     below = sorted(file for own, _ in deeper.values() for file in own)

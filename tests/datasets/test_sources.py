@@ -23,6 +23,7 @@ from datasets.listing import read_labels, read_list, read_words
 from datasets.preparation import make_shard
 from datasets.rows import Rows
 from datasets.shards import open_dataset, write_manifest, write_split
+from datasets.sources import find_source
 
 WHOLE = Options(size=16, holdout=0, keep=True)
 
@@ -111,6 +112,19 @@ def test_a_tar_of_tars_is_not_all_that_is_taken_of_several(tmp_path: Path) -> No
     said = r"a_train.tar is a tar of tars, and there are 1 more; prepare them one by one"
     with pytest.raises(DataError, match=said):
         prepare(f"{tmp_path}/all", tmp_path / "shards", WHOLE)
+
+
+def test_tars_beside_folders_of_images_are_not_all_that_is_taken(tmp_path: Path) -> None:
+    tarred(tmp_path / "all/cat.tar", "1.jpg")
+    tarred(tmp_path / "all/bird.tar", "1.jpg")
+    (tmp_path / "all/devkit").mkdir()
+    (tmp_path / "all/devkit/readme.txt").write_text("about")
+    both = find_source(f"{tmp_path}/all")
+    (tmp_path / "all/dog").mkdir()
+    (tmp_path / "all/dog/2.jpg").write_bytes(made.encoded(2))
+    with pytest.raises(DataError, match=r"all: bird\.tar is a tar, and dog a folder of images"):
+        find_source(f"{tmp_path}/all")
+    assert find_source(f"{tmp_path}/all/*.tar").parts == both.parts
 
 
 def test_an_empty_image_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
