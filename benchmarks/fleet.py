@@ -44,10 +44,16 @@ class Slow(Fleet):
     pause = 0.0
 
     def load(
-        self, index: int, replica: int, loaders: dict[str, Loader], then: Iterable[int] = ()
+        self,
+        index: int,
+        replica: int,
+        loaders: dict[str, Loader],
+        then: Iterable[int] = (),
+        *,
+        patient: bool = False,
     ) -> Part:
         time.sleep(self.pause)
-        return super().load(index, replica, loaders, then)
+        return super().load(index, replica, loaders, then, patient=patient)
 
 
 def feed_of(

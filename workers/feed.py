@@ -59,6 +59,7 @@ class Feed:
         self.lost: list[str] = []  # and those that are gone
         self.loaders: dict[str, Loader] = {}
         self.loading = threading.Lock()
+        self.away = ""  # how a store failed that is waited for
 
     def open(self, start: int) -> None:
         """Starts a stream at item `start`."""
@@ -221,10 +222,15 @@ class Feed:
 
     def again(self, index: int, replica: int, pixels: bool) -> list[Any]:
         """What `take` gave, made anew in this process: for a rank that could not fetch it, because
-        a node went that held it. The plan is pure, so it is the same.
+        a node went that held it, or got a fault, because a store was away. The plan is pure, so it
+        is the same.
         """
         with self.loading:  # both towers of a pair may ask
             part = self.fleet.load(index, replica, self.loaders)
+            if part.away:  # an augmenter may not wait for minutes: its stream would stall
+                self.away = part.error
+                part = self.fleet.load(index, replica, self.loaders, patient=True)
+                self.away = ""
         made = [ray.put(table) for table in pack(part, self.fleet.apart)]
         return [made[0] if pixels else None, made[-1]]
 
@@ -239,7 +245,8 @@ class Feed:
 
     def state(self) -> dict[str, Any]:
         """`augmenters` that run now, `nodes` that this stream has parts of, `ready` batches,
-        `stalls` of the fleet so far, nodes that made parts and are `lost`.
+        `stalls` of the fleet so far, nodes that made parts and are `lost`, how a store failed that
+        is `away`.
         """
         with self.there:
             return {
@@ -248,6 +255,7 @@ class Feed:
                 "ready": sum(held.part is not None for held in self.window.values()),
                 "stalls": self.stalls,
                 "lost": list(self.lost),
+                "away": self.away,
             }
 
 

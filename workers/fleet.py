@@ -17,6 +17,7 @@ from datasets.augmentation import Augmentation, Batch, Loader
 from datasets.layout import Dataset
 from datasets.plan import Itinerary, RowNumbers
 from datasets.statistics import Statistics
+from datasets.storage import StoreFailed
 from workers.config import Config
 from workers.parts import READ_AHEAD, Packed, Part
 from workers.patience import patiently
@@ -59,10 +60,17 @@ class Fleet:
         self.colour = statistics.colour(config.colour_scale)  # type: ignore[arg-type]
 
     def load(
-        self, index: int, replica: int, loaders: dict[str, Loader], then: Iterable[int] = ()
+        self,
+        index: int,
+        replica: int,
+        loaders: dict[str, Loader],
+        then: Iterable[int] = (),
+        *,
+        patient: bool = False,
     ) -> Part:
         """The part of item `index` that belongs to `replica`; `loaders` keeps those made so far.
-        `then` are items that are likely next here.
+        `then` are items that are likely next here. A store that fails is asked for minutes if
+        `patient`.
         """
         item, (start, rows) = self.itinerary.item(index), self._rows(index, replica)
         later = [
@@ -84,9 +92,10 @@ class Fleet:
                     or self.itinerary.total_steps > self.itinerary.steps_per_epoch,
                 )
             load = partial(loaders[item.split].load, rows, item.epoch, item.training)
-            batch = patiently(partial(load, np.concatenate(later) if later else None))
+            load = partial(load, np.concatenate(later) if later else None)
+            batch = patiently(load) if patient else load()
         except DataError as error:
-            return _fault(self.crop, str(error))
+            return _fault(self.crop, error)
         # Rows of a batch are distinct; those that were skipped leave their places empty.
         return Part(batch, start + np.flatnonzero(np.isin(rows, batch.rows)))
 
@@ -148,6 +157,7 @@ def blocks_ahead(size: int) -> int:
     return min(max(AHEAD_BYTES // size, AHEAD[0]), AHEAD[1])
 
 
-def _fault(crop: int, error: str) -> Part:
+def _fault(crop: int, error: DataError) -> Part:
     none, crops = np.zeros(0, np.int64), np.zeros((0, crop, crop, 3), np.uint8)
-    return Part(Batch(crops, none, np.zeros((0, 3), np.float32), none, 0, []), none, error)
+    batch = Batch(crops, none, np.zeros((0, 3), np.float32), none, 0, [])
+    return Part(batch, none, str(error), isinstance(error, StoreFailed))

@@ -74,7 +74,8 @@ def _note(pipe: int, text: bytes) -> None:
 @contextmanager
 def in_order(tell: Callable[[str], object]) -> Iterator[None]:
     """Within it the name of a signal that is to end this process's work is told: SIGTERM, such as
-    of a spot machine or `ray job stop`, and Ctrl-C, which ends it at once when it comes again.
+    of a spot machine or `ray job stop`, SIGHUP, of a terminal that closes, and Ctrl-C, which ends
+    it at once when it comes again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -87,12 +88,18 @@ def in_order(tell: Callable[[str], object]) -> Iterator[None]:
         heard.append(number)
         tell(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    ending = {signal.SIGTERM, signal.SIGINT, *_passed_on()}
+    before = {number: signal.signal(number, note) for number in ending}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _passed_on() -> list[signal.Signals]:
+    """What is ignored, as by nohup, stays so."""
+    return [number for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]
 
 
 _told: list[int] = []  # signals that were passed on
@@ -105,9 +112,7 @@ def _wait(child: int) -> int:
         _told.append(number)
         os.kill(child, number)
 
-    # What is ignored, as by nohup, stays so.
-    heard = [number for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, pass_on) for number in heard}
+    before = {number: signal.signal(number, pass_on) for number in _passed_on()}
     try:
         return os.waitpid(child, 0)[1]
     finally:

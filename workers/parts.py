@@ -30,12 +30,14 @@ class Part:
     """A replica's part of a batch.
 
     `places` int64 [n]: each image's place in the global batch. A fault that ends the run stands in
-    `error`, and then there are no images. `node` is the Ray node it was made on.
+    `error`, and then there are no images; it may pass if a store is `away`. `node` is the Ray node
+    it was made on.
     """
 
     batch: Batch
     places: NDArray[np.int64]
     error: str = ""
+    away: bool = False
     node: str = ""
 
 
@@ -56,6 +58,7 @@ def pack(part: Part, apart: bool) -> tuple[pa.Table, ...]:
                 "skipped": [batch.skipped],
                 "faults": pa.array([batch.faults if rest else []], pa.list_(pa.string())),
                 "error": [part.error],
+                "away": [part.away],
                 "node": [part.node],
             }
         )
@@ -74,8 +77,8 @@ def unpack(pixels: pa.Table | None, rest: pa.Table) -> Part:
         shifts = _array(pixels, "shifts", np.float32).reshape(-1, 3)
     skipped, faults = rest["skipped"][0].as_py(), rest["faults"][0].as_py()
     batch = Batch(crops, labels, shifts, _array(rest, "rows", np.int64), skipped, faults)
-    error, node = (rest[name][0].as_py() for name in ("error", "node"))
-    return Part(batch, _array(rest, "places", np.int64), error, node)
+    fault = (rest[name][0].as_py() for name in ("error", "away", "node"))
+    return Part(batch, _array(rest, "places", np.int64), *fault)
 
 
 def _binary(values: NDArray[Any]) -> pa.Array:

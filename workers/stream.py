@@ -15,6 +15,7 @@ import ray
 import torch
 
 from datasets import DataError
+from datasets.storage import StoreFailed
 from pipeline.training import Images
 from workers.parts import Part, unpack
 
@@ -90,13 +91,18 @@ class Stream:
         try:
             tables = ray.get(refs, timeout=FETCH_SECONDS)
         except ray.exceptions.RayError:  # lost with its node, or out of reach
-            taken = ray.get(feed.again.remote(index, replica, self.pixels))
-            tables = ray.get([ref for ref in taken if ref])
+            tables = self._again(feed, index, replica)
+        if tables[-1]["away"][0].as_py():
+            tables = self._again(feed, index, replica)
         return unpack(tables[0] if self.pixels else None, tables[-1])
+
+    def _again(self, feed: Any, index: int, replica: int) -> list[Any]:
+        taken = ray.get(feed.again.remote(index, replica, self.pixels))
+        return ray.get([ref for ref in taken if ref])
 
     def _images(self, part: Part) -> Images:
         if part.error:
-            raise DataError(part.error)
+            raise (StoreFailed if part.away else DataError)(part.error)
         batch = part.batch
         arrays = (batch.crops, batch.labels, batch.shifts, part.places)
         images = Images(*map(torch.from_numpy, arrays))

@@ -151,6 +151,7 @@ class _Run:
         self.record = Record(job, folder, progress, self._saved)
         self.stopping, self.stopped = "", False  # the signal that ends the run; whether it is heard
         self.augmenters, self.stalls, self.looked = job.config.augmenters, 0, 0.0
+        self.away = ""
         self.seen: tuple[Any, ...] = ()
 
     def result(self) -> dict[str, Any]:
@@ -243,7 +244,7 @@ class _Run:
         resume, start = self._position()
         mesh, itinerary = self.job.placement.mesh, self.job.itinerary
         feed, towers = actors.feed, actors.towers
-        self.stalls, self.stopped = 0, False  # as this feed has them
+        self.stalls, self.away, self.stopped = 0, "", False  # as this feed has them
         opened = feed.open.remote(start)  # the fleet starts while the towers build their weights
         (address,) = self._get([towers[0].address.remote()])
         joined = self._get([tower.join.remote(address, resume) for tower in towers])
@@ -327,6 +328,11 @@ class _Run:
             self.stalls = state["stalls"]
             self.folder.event("stall", stalls=self.stalls)
             self.progress.say("the fleet brought nothing for a while and was started anew")
+        if state["away"] != self.away:
+            self.away = state["away"]
+            if self.away:
+                self.folder.event("away", why=self.away)
+                self.progress.say(f"waited for, some minutes at most: {self.away}")
         fleet = state["augmenters"], state["nodes"], state["lost"]
         if fleet != self.seen:
             self.seen = fleet

@@ -14,7 +14,7 @@ from ray import tune
 
 from datasets import DataError
 from datasets.statistics import STATISTICS
-from datasets.storage import storage, write_whole
+from datasets.storage import StoreFailed, storage, write_whole
 from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import known_statistics
@@ -60,6 +60,8 @@ def trial(settings: dict[str, Any], make: Make, pool: Pool, folder: str) -> None
                 progressed=reporter.checkpointed,
                 pool=replace(pool, name=name),
             )
+        except StoreFailed:  # which may be back by another try
+            raise
         except (DataError, UserError, Diverged) as error:
             reporter.failed(str(error))  # another try would end the same way
         else:

@@ -303,6 +303,26 @@ guarded(work, 1)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "in order\n", "")
 
 
+def test_a_terminal_that_closes_ends_work_in_order_unless_nohup_says_otherwise() -> None:
+    program = """
+import os, signal
+from workers.guard import guarded, in_order
+
+def work(deaths, progressed):
+    told = []
+    with in_order(told.append):
+        os.kill(os.getpid(), signal.SIGHUP)
+    print(told)
+    return 0
+
+guarded(work, 1)
+"""
+    for before, told in (("", "['SIGHUP']\n"), ("nohup", "[]\n")):
+        command = [*before.split(), sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+        assert (done.returncode, done.stdout) == (0, told), done.stderr
+
+
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
