@@ -17,7 +17,9 @@ class Stuck(RuntimeError):
 
 
 def watch(group: dist.ProcessGroup, timeout: float) -> None:
-    """Has NCCL end the process of a rank that waits longer in this group; nothing without NCCL."""
+    """Has NCCL end the process of a rank that waits longer in this group, and gloo beside it end
+    the wait; nothing without NCCL.
+    """
     if _of_gpus(group):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
 
@@ -36,15 +38,16 @@ def all_reduce(
 
 def settle(work: Any, group: dist.ProcessGroup, where: str, timeout: float) -> None:
     """Waits for an operation of a group. Raises Stuck, naming the ranks and `where`, after so many
-    seconds. On a GPU the host goes on at once, and NCCL's own watchdog has the timeout (`watch`).
+    seconds. On a GPU the host goes on at once, and the group has the timeout (`watch`): NCCL's own
+    watchdog, or gloo where it is hosts that wait.
     """
-    if _of_gpus(group):
-        work.wait()  # with a time to wait it would be the host that stands still
-        return
     try:
+        if _of_gpus(group):
+            work.wait()  # with a time to wait it would be the host that stands still
+            return
         done = work.wait(timedelta(seconds=timeout))
     except RuntimeError as error:
-        if "timed out" not in str(error).lower():
+        if isinstance(error, dist.DistBackendError) or "timed out" not in str(error).lower():
             raise
         done = False
     if done is False:
