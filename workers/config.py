@@ -118,6 +118,8 @@ def configure(given: dict[str, Any], file: str | None = None, *, goes_on: bool =
     recipe = RECIPES[name]()
     if chosen.get("schedule") == "plateau":
         recipe.pop("drops", None)
+        if "schedule" in given and "drops" not in given:
+            chosen.pop("drops", None)  # the file's, which are of its own schedule
     elif "drops" not in given and not (goes_on and "drops" in said):
         shape = said if "drops" in said else recipe
         before = shape.get("epochs")

@@ -157,7 +157,8 @@ def _onnx(trained: Trained, about: dict[str, str]) -> bytes:
 
 def import_(file: str, run: str, given: dict[str, Any]) -> dict[str, Any]:
     """Makes a run whose checkpoint of step 0 has the weights of a file, from which `towers train
-    --resume` goes on. The recipe is the one in the file, if it has one of this network.
+    --resume` goes on. The recipe is the one in the file, if it has one of this network, which is
+    `alexnet` if neither says another.
 
     Raises UserError if they are not the network's or of other classes than the run's shards, or the
     run is there already; DataError if there are no such shards.
@@ -165,7 +166,7 @@ def import_(file: str, run: str, given: dict[str, Any]) -> dict[str, Any]:
     recipe = recipe_of(file)
     if given.get("network", recipe.get("network")) != recipe.get("network"):
         recipe = {}
-    config = configure({**recipe, **given, "run": run, "init": file})
+    config = configure({"network": "alexnet", **recipe, **given, "run": run, "init": file})
     initial = read_initial(config)
     count = initial.network.classes
     data = open_dataset(config.shards) if config.shards else None

@@ -47,6 +47,8 @@ def test_so_does_a_longer_run_of_a_file_but_not_one_that_goes_on(tmp_path: Path)
     assert configure({"epochs": 16}, file).drops == (4.25, 12.0)
     assert configure({"epochs": 16, "drops": (3.0,)}, file).drops == (3.0,)
     assert configure({"epochs": 16}, file, goes_on=True).drops == (2.125, 6.0)
+    for goes_on in (False, True):
+        assert configure({"schedule": "plateau"}, file, goes_on=goes_on).drops == ()
 
 
 def test_every_field_has_a_sentence() -> None:

@@ -91,13 +91,14 @@ def _floats(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r}: numbers with commas between them") from None
 
 
-def workers(parser: argparse.ArgumentParser) -> None:
-    """Adds --workers."""
+def workers(parser: argparse.ArgumentParser, *, gpus: bool = False) -> None:
+    """Adds --workers, of which each has a GPU with `gpus`, where there are some."""
+    most = "GPUs, which is the most, or else CPUs" if gpus else "CPUs"
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="Workers; as many as the cluster has CPUs if unset.",
+        help=f"Workers; as many as the cluster has {most} if unset.",
     )
 
 

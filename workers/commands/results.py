@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
         "--weights", metavar="W,W,...", help="Of each run in the average; equal if unset."
     )
     on_error(evaluate)
-    workers(evaluate)
+    workers(evaluate, gpus=True)
 
     predict = command(
         commands,
@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
     )
     _network(predict)
     on_error(predict)
-    workers(predict)
+    workers(predict, gpus=True)
 
     near = command(
         commands,
@@ -68,7 +68,7 @@ def add(commands: Any) -> None:
     near.add_argument("--output", metavar="FILE.png", help="A contact sheet of them.")
     step(near)
     on_error(near)
-    workers(near)
+    workers(near, gpus=True)
 
     report = command(
         commands,

@@ -71,7 +71,11 @@ def add(commands: Any) -> None:
         metavar="NAME",
         help="This claim, or several with commas; may be said again. [all]",
     )
-    claims.add_argument("--data", metavar="SHARDS", help=help_of("shards"))
+    claims.add_argument(
+        "--data",
+        metavar="SHARDS",
+        help="Folder or URL of Parquet shards; if unset the drawn data set.",
+    )
     claims.add_argument(
         "--scale", type=float, metavar="S", help="Factor on the epochs of every run. [1]"
     )

@@ -28,9 +28,17 @@ def add(commands: Any) -> None:
         "towers import alexnet.safetensors RUN --shards SHARDS",
         _import,
     )
-    import_.add_argument("file", metavar="FILE", help="In .safetensors, .pt, or Caffe's .npz.")
+    import_.add_argument(
+        "file",
+        metavar="FILE",
+        help="In .pt, Caffe's .npz, or .safetensors, which may hold a recipe that goes before the "
+        "defaults.",
+    )
     import_.add_argument("run", metavar="RUN", help=help_of("run"))
-    options(import_, "network", "shards", *VARIANTS)
+    import_.add_argument(
+        "--shards", metavar="SHARDS", help="Folder or URL of Parquet shards to train on."
+    )
+    options(import_, "network", *VARIANTS)
 
 
 def _export(args: argparse.Namespace) -> int:
