@@ -6,7 +6,9 @@ import json
 import os
 import time
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import fsspec
@@ -145,6 +147,17 @@ def configure(given: dict[str, Any], file: str | None = None, *, goes_on: bool =
     except ValueError as error:
         where = f"{file}: " if file and set(given) <= {"run"} else ""
         raise UserError(f"{where}{error}") from None
+
+
+def provenance(config: Config) -> dict[str, Any]:
+    """What a checkpoint says of where it comes from: the `recipe`, as TOML, and the `versions` of
+    the libraries that trained it, those that are installed.
+    """
+    versions = {}
+    for name in ("towers", "torch", "ray"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {"recipe": config.to_toml(), "versions": versions}
 
 
 def locate(place: str) -> str:

@@ -18,7 +18,7 @@ from pipeline.optimizer import SGD
 from pipeline.recipes import Recipe
 from pipeline.tower import Tower
 from pipeline.weights import fitting, read_about, read_weights
-from workers.config import Config, UserError, parsed, read
+from workers.config import Config, UserError, parsed, provenance, read
 from workers.data import Classes, kept_classes
 from workers.errors import RunFailed
 from workers.run import COMPLETE, CONFIG, RunFolder, checkpoint_url, is_run
@@ -69,7 +69,7 @@ class Initial:
                 state[f"blocks.{name}"] = weight
         tower.load_state_dict(state)
         optimizer = SGD(tower.weights(), rate=config.rate, momentum=config.momentum)
-        progress = {"step": 0, "evaluations": []}
+        progress = {"step": 0, "evaluations": [], **provenance(config)}
         try:
             checkpoint.save(folder.checkpoint(0), tower, optimizer, progress, None)
         except checkpoint.NotSaved as error:
@@ -102,8 +102,12 @@ def read_initial(config: Config) -> Initial:
         run, found = source.rstrip("/").rpartition("/checkpoints/")[0], source
     else:
         raise UserError(f"{source}: no run and no checkpoint in this folder")
-    recipe = _settings(read(f"{run}/{CONFIG}")) if is_run(run) else {}
+    recipe: dict[str, Any] = {}
     try:
+        if run and is_run(run):
+            recipe = _settings(read(f"{run}/{CONFIG}"))
+        else:  # a checkpoint that somebody has copied
+            recipe = _recipe(found, checkpoint.read_progress(found))
         network, weights = fitting(source, checkpoint.load_weights(found), config.build)
     except ValueError as error:
         raise UserError(f"{error}{_hint(recipe, config)}") from None

@@ -24,7 +24,7 @@ from pipeline.optimizer import SGD
 from pipeline.tower import Tower
 from pipeline.tracing import clock
 from pipeline.training import Totals, Trainer
-from workers.config import UserError
+from workers.config import UserError, provenance
 from workers.errors import first_line
 from workers.meter import Meter
 from workers.patience import PAUSES, patiently
@@ -115,7 +115,7 @@ class Rank:
         if resume:
             load = partial(checkpoint.load, resume, self.tower, self.optimizer, self.mesh)
             self.progress = patiently(load)  # on all ranks: a load that fails does so on each
-        self.progress["order"] = self.job.itinerary.order
+        self.progress |= {"order": self.job.itinerary.order, **provenance(config)}
         slow = native.missing(device.type) if config.lrn else ""
         return {**self.progress, "slow": slow}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from datasets.drawn import CLASSES, draw
 from datasets.images import encode
 from datasets.shards import write_manifest, write_split
-from pipeline.checkpoint import load_weights
+from pipeline.checkpoint import load_weights, read_progress
 from workers.cli import main
 from workers.config import configure
 from workers.data import Classes
@@ -94,9 +95,12 @@ def test_a_file_at_a_url_of_the_same_classes_keeps_its_last_layer(
 
 
 def test_what_no_shape_tells_is_said(trained: Path, tmp_path: Path) -> None:
-    file = f"{tmp_path}/w.safetensors"
+    file, alone = f"{tmp_path}/w.safetensors", f"{tmp_path}/alone"
     export(f"{trained}/run", file, 3)
-    for source in (file, f"{trained}/run", f"{trained}/run/checkpoints/step-00000003"):
+    step = f"{trained}/run/checkpoints/step-00000003"
+    shutil.copytree(step, alone)
+    assert {"torch", "ray"} <= read_progress(alone)["versions"].keys()
+    for source in (file, f"{trained}/run", step, alone):
         given = {"network": "alexnet-mini", "init": source, "run": f"{tmp_path}/run"}
         assert read_initial(configure(given)).otherwise(configure(given)) == ""
         config = configure({**given, "activation": "tanh", "scale": 1.0})
