@@ -16,7 +16,7 @@ import argparse
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ import ray
 from ray._private.internal_api import memory_summary
 from ray.cluster_utils import Cluster
 
-from datasets.augmentation import Loader
 from datasets.drawn import write_drawn
 from datasets.plan import Itinerary
 from datasets.shards import open_dataset
@@ -43,17 +42,9 @@ class Slow(Fleet):
 
     pause = 0.0
 
-    def load(
-        self,
-        index: int,
-        replica: int,
-        loaders: dict[str, Loader],
-        then: Iterable[int] = (),
-        *,
-        patient: bool = False,
-    ) -> Part:
+    def load(self, *item: Any, **how: Any) -> Part:
         time.sleep(self.pause)
-        return super().load(index, replica, loaders, then, patient=patient)
+        return super().load(*item, **how)
 
 
 def feed_of(
