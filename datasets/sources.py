@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -155,7 +156,7 @@ def _folder(url: str, fs: Any, root: str) -> Source:
     """A folder: looks at what lies in it, or in its folders that are named like splits."""
     files, folders = _parted(fs, root)
     if tars := [f for f in files if f.endswith(".tar")]:
-        if left := next((f for f in folders if any(map(is_image, _parted(fs, f)[0]))), None):
+        if left := next((f for f in folders if _has_images(fs, f)), None):
             raise DataError(
                 f"{url}: {_last(tars[0])} is a tar, and {_last(left)} a folder of images; name "
                 "the tars alone, as FOLDER/*.tar, or move them"
@@ -189,6 +190,14 @@ def _deep_parquet(fs: Any, folders: Sequence[str], deep: int = DEEP - 1) -> bool
         if any(f.endswith(".parquet") for f in files) or _deep_parquet(fs, inner, deep - 1):
             return True
     return False
+
+
+def _has_images(fs: Any, folder: str) -> bool:
+    """Whether images lie in a folder, as far as one may see."""
+    try:
+        return any(map(is_image, _parted(fs, folder)[0]))
+    except PermissionError:
+        return False
 
 
 def _parted(fs: Any, folder: str) -> tuple[list[str], list[str]]:
@@ -298,7 +307,7 @@ def _files(source: Source, part: Part) -> Iterator[Found]:
     fs, path = storage(part.file)
     _, root = storage(source.url)
     # A web server's names are links, and their list has no sizes.
-    plain = unquote if "http" in fs.protocol else str
+    plain = partial(unquote, errors="surrogateescape") if "http" in fs.protocol else str
     for name, size in files_below(fs, path).items():
         inner = plain(name).removeprefix(plain(root)).strip("/")
         member = Member(inner, 0, -1 if size is None else size)

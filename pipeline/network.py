@@ -219,10 +219,8 @@ def cifar(classes: int) -> Network:
     That is layers-conv-local-11pct.cfg of the authors' cuda-convnet. Of it are the two 5x5
     convolutions with pooling and normalisation; a 3x3 convolution stands for its two locally
     connected layers. It crosses where AlexNet does: after the second pooling and in the full layer.
-    Alpha suits pixels divided by 64, as the recipe has them: with the authors' 0.0002, meant for
-    pixels as they are, normalisation would hardly change its input.
     """
-    lrn, pool = (Norm(k=1.0, alpha=0.1),), Pool()
+    lrn, pool = (Norm(k=1.0),), Pool()
     return Network(
         "cifar",
         32,

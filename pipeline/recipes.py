@@ -209,6 +209,7 @@ def cifar() -> dict[str, Any]:
         "network": "cifar",
         "image": 32,
         "scale": 1 / 64,
+        "lrn_alpha": 0.1,  # of pixels so scaled; with 0.0001 normalisation would do nothing
         "pad": 4,
         "epochs": 5,
         "rate": 0.03,

@@ -112,12 +112,16 @@ def configure(given: dict[str, Any], file: str | None = None, *, goes_on: bool =
     another type, or one that cannot be.
     """
     said = read(file) if file else {}
+    if said.get("schedule") == "plateau":
+        said.pop("drops", None)  # it has none
     chosen = {**said, **given}
     default = "alexnet" if chosen.get("shards") else "alexnet-mini"
     name = chosen.setdefault("network", default)
     if name not in RECIPES:
         raise UserError(f"network is {name!r}: one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]()
+    if chosen.get("lrn") is False:
+        recipe = {field: value for field, value in recipe.items() if field[:4] != "lrn_"}
     if chosen.get("schedule") == "plateau":
         recipe.pop("drops", None)
         if "schedule" in given and "drops" not in given:

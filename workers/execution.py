@@ -22,6 +22,7 @@ from workers.fleet import Fleet, blocks_ahead, part_bytes, store_bytes
 from workers.parts import Packed, pack
 from workers.watch import Watch
 
+FAULT_BYTES = 4096  # more than a fault takes, and next to nothing
 FORESIGHT = 3  # items that an augmenter expects, whose images begin to come from far away
 
 
@@ -49,7 +50,15 @@ def execute(fleet: Fleet, blocks: range, watch: Watch) -> Iterator[Packed]:
     made = (block for bundle in bundles for block in bundle.blocks)
     for pixels in made:
         rest = next(made) if fleet.apart else pixels
-        yield Packed(pixels.ref, rest.ref, pixels.metadata.exec_stats.node_id)
+        yield Packed(pixels.ref, rest.ref, pixels.metadata.exec_stats.node_id, _away(pixels))
+
+
+def _away(block: Any) -> str:
+    """How a store failed, if a block is a fault for that: only a small one is looked into."""
+    if block.metadata.size_bytes > FAULT_BYTES:
+        return ""
+    table = ray.get(block.ref)
+    return table["error"][0].as_py() if table["away"][0].as_py() else ""
 
 
 def _set_context(fleet: Fleet, watch: Watch, high: int) -> int:

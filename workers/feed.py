@@ -13,6 +13,7 @@ import ray
 from datasets.augmentation import Loader
 from workers.fleet import Fleet
 from workers.parts import READ_AHEAD, Packed, pack
+from workers.patience import PAUSES
 from workers.watch import Watch
 
 STALL_SECONDS = 10.0
@@ -24,6 +25,9 @@ FIRST_SECONDS = 60.0
 CALM_SECONDS = 600.0
 """That a stream goes on for before the next one that stalls is found out as soon as the first."""
 
+PATIENCE = sum(PAUSES)
+"""Seconds that a store is waited for which fails, by one stream after the other."""
+
 TRIES = 3  # streams in a row that may break before they bring anything
 
 
@@ -33,7 +37,7 @@ class Feed:
     `open` starts at an item; then each rank `take`s each item once. Only references pass through
     here, the batches themselves go from an augmenter's node to the towers'. The stream of the fleet
     is disposable: it is dropped, and another one goes on at the next item, when the fleet's size is
-    changed, when a node of it is lost, when it stalls and when it breaks.
+    changed, when a node of it is lost, when a store fails, when it stalls and when it breaks.
     """
 
     def __init__(self, fleet: Fleet) -> None:
@@ -59,7 +63,7 @@ class Feed:
         self.lost: list[str] = []  # and those that are gone
         self.loaders: dict[str, Loader] = {}
         self.loading = threading.Lock()
-        self.away = ""  # how a store failed that is waited for
+        self.away, self.since = "", 0.0  # how a store failed that is waited for, and since when
 
     def open(self, start: int) -> None:
         """Starts a stream at item `start`."""
@@ -111,6 +115,11 @@ class Feed:
                     if self._unwanted(number):
                         return
                     now = time.monotonic()
+                    if part.away and now - (self.since or now) < PATIENCE:
+                        self.away, self.since = part.away, self.since or now
+                        self._begin()  # with the part that is missing: blocks ahead may lack too
+                        return
+                    self.away, self.since = "", 0.0
                     if self.nodes and self.asked:  # else that was the start of actors
                         self.slowest = max(self.slowest, now - self.moved)
                     elif not self.came:
@@ -222,15 +231,11 @@ class Feed:
 
     def again(self, index: int, replica: int, pixels: bool) -> list[Any]:
         """What `take` gave, made anew in this process: for a rank that could not fetch it, because
-        a node went that held it, or got a fault, because a store was away. The plan is pure, so it
-        is the same.
+        a node went that held it. The plan is pure, so it is the same.
         """
         with self.loading:  # both towers of a pair may ask
             part = self.fleet.load(index, replica, self.loaders)
-            if part.away:  # an augmenter may not wait for minutes: its stream would stall
-                self.away = part.error
-                part = self.fleet.load(index, replica, self.loaders, patient=True)
-                self.away = ""
+        part = replace(part, node=ray.get_runtime_context().get_node_id())
         made = [ray.put(table) for table in pack(part, self.fleet.apart)]
         return [made[0] if pixels else None, made[-1]]
 

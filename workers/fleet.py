@@ -8,7 +8,6 @@ makes a block, how many actors there are and which of them die changes nothing i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
 
 import numpy as np
 
@@ -20,7 +19,6 @@ from datasets.statistics import Statistics
 from datasets.storage import StoreFailed
 from workers.config import Config
 from workers.parts import READ_AHEAD, Packed, Part
-from workers.patience import patiently
 from workers.placement import Placement
 from workers.pool import Pool
 from workers.watch import Watch
@@ -60,17 +58,10 @@ class Fleet:
         self.colour = statistics.colour(config.colour_scale)  # type: ignore[arg-type]
 
     def load(
-        self,
-        index: int,
-        replica: int,
-        loaders: dict[str, Loader],
-        then: Iterable[int] = (),
-        *,
-        patient: bool = False,
+        self, index: int, replica: int, loaders: dict[str, Loader], then: Iterable[int] = ()
     ) -> Part:
         """The part of item `index` that belongs to `replica`; `loaders` keeps those made so far.
-        `then` are items that are likely next here. A store that fails is asked for minutes if
-        `patient`.
+        `then` are items that are likely next here.
         """
         item, (start, rows) = self.itinerary.item(index), self._rows(index, replica)
         later = [
@@ -91,9 +82,9 @@ class Fleet:
                     again=bool(self.pool)
                     or self.itinerary.total_steps > self.itinerary.steps_per_epoch,
                 )
-            load = partial(loaders[item.split].load, rows, item.epoch, item.training)
-            load = partial(load, np.concatenate(later) if later else None)
-            batch = patiently(load) if patient else load()
+            batch = loaders[item.split].load(
+                rows, item.epoch, item.training, np.concatenate(later) if later else None
+            )
         except DataError as error:
             return _fault(self.crop, error)
         # Rows of a batch are distinct; those that were skipped leave their places empty.
@@ -160,4 +151,4 @@ def blocks_ahead(size: int) -> int:
 def _fault(crop: int, error: DataError) -> Part:
     none, crops = np.zeros(0, np.int64), np.zeros((0, crop, crop, 3), np.uint8)
     batch = Batch(crops, none, np.zeros((0, 3), np.float32), none, 0, [])
-    return Part(batch, none, str(error), isinstance(error, StoreFailed))
+    return Part(batch, none, str(error), away=isinstance(error, StoreFailed))

@@ -17,12 +17,13 @@ READ_AHEAD = 8  # finished batches that wait for the towers
 @dataclass(frozen=True)
 class Packed:
     """References to a part's pixels and to the rest of it, the same if they are not apart; the id
-    of the Ray node that made it and holds it.
+    of the Ray node that made it and holds it; how a store failed, if it is a fault for that.
     """
 
     pixels: Any
     rest: Any
     node: str
+    away: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Part:
     batch: Batch
     places: NDArray[np.int64]
     error: str = ""
-    away: bool = False
     node: str = ""
+    away: bool = False
 
 
 def pack(part: Part, apart: bool) -> tuple[pa.Table, ...]:
@@ -58,8 +59,8 @@ def pack(part: Part, apart: bool) -> tuple[pa.Table, ...]:
                 "skipped": [batch.skipped],
                 "faults": pa.array([batch.faults if rest else []], pa.list_(pa.string())),
                 "error": [part.error],
-                "away": [part.away],
                 "node": [part.node],
+                "away": [part.away],
             }
         )
 
@@ -77,8 +78,8 @@ def unpack(pixels: pa.Table | None, rest: pa.Table) -> Part:
         shifts = _array(pixels, "shifts", np.float32).reshape(-1, 3)
     skipped, faults = rest["skipped"][0].as_py(), rest["faults"][0].as_py()
     batch = Batch(crops, labels, shifts, _array(rest, "rows", np.int64), skipped, faults)
-    fault = (rest[name][0].as_py() for name in ("error", "away", "node"))
-    return Part(batch, _array(rest, "places", np.int64), *fault)
+    others = (rest[name][0].as_py() for name in ("error", "node", "away"))
+    return Part(batch, _array(rest, "places", np.int64), *others)
 
 
 def _binary(values: NDArray[Any]) -> pa.Array:

@@ -70,8 +70,8 @@ class Pool:
                 waiting.append(make.remote(shared, *block))
             if not waiting:
                 return
-            pixels, *rest, node = waiting.popleft()
-            yield Packed(pixels, rest[0] if rest else pixels, ray.get(node))
+            pixels, *rest, told = waiting.popleft()
+            yield Packed(pixels, rest[0] if rest else pixels, *ray.get(told))
 
 
 class PooledAugmenter:
@@ -83,10 +83,11 @@ class PooledAugmenter:
         self.known: OrderedDict[str, tuple[Fleet, dict[str, Loader]]] = OrderedDict()
 
     def make(self, shared: list[Any], index: int, replica: int) -> tuple[Any, ...]:
-        """The tables of a part, and the node that holds them."""
+        """The tables of a part, and the rest of `Packed`."""
         fleet, loaders = self._known(shared[0])
         part = fleet.load(index, replica, loaders)
-        return *pack(replace(part, node=self.node), fleet.apart), self.node
+        told = self.node, part.error if part.away else ""
+        return *pack(replace(part, node=self.node), fleet.apart), told
 
     def _known(self, shared: Any) -> tuple[Fleet, dict[str, Loader]]:
         key = shared.hex()

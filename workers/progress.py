@@ -23,6 +23,7 @@ class Progress:
         self.live = self.out.isatty()
         self.written = 0.0
         self.total = 0
+        self.ending = False  # whoever read what is said may have been ended too
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -79,7 +80,7 @@ class Progress:
         try:
             print(text, end="", file=self.out, flush=True)
         except OSError as error:
-            if error.errno != errno.EIO:
+            if error.errno != errno.EIO and not (self.ending and error.errno == errno.EPIPE):
                 raise
             # The terminal is gone, not the run.
             self.out, self.live = open(os.devnull, "w"), False  # noqa: SIM115

@@ -91,14 +91,9 @@ class Stream:
         try:
             tables = ray.get(refs, timeout=FETCH_SECONDS)
         except ray.exceptions.RayError:  # lost with its node, or out of reach
-            tables = self._again(feed, index, replica)
-        if tables[-1]["away"][0].as_py():
-            tables = self._again(feed, index, replica)
+            taken = ray.get(feed.again.remote(index, replica, self.pixels))
+            tables = ray.get([ref for ref in taken if ref])
         return unpack(tables[0] if self.pixels else None, tables[-1])
-
-    def _again(self, feed: Any, index: int, replica: int) -> list[Any]:
-        taken = ray.get(feed.again.remote(index, replica, self.pixels))
-        return ray.get([ref for ref in taken if ref])
 
     def _images(self, part: Part) -> Images:
         if part.error:

@@ -311,6 +311,7 @@ class _Run:
         if self.stopping and not self.stopped:
             self.stopped = True
             ray.get(feed.stop.remote())
+            self.progress.ending = True
             self.progress.say(f"{self.stopping}: a checkpoint, and then the end")
         if time.monotonic() - self.looked < LOOK_SECONDS:
             return
@@ -328,11 +329,10 @@ class _Run:
             self.stalls = state["stalls"]
             self.folder.event("stall", stalls=self.stalls)
             self.progress.say("the fleet brought nothing for a while and was started anew")
-        if state["away"] != self.away:
-            self.away = state["away"]
-            if self.away:
-                self.folder.event("away", why=self.away)
-                self.progress.say(f"waited for, some minutes at most: {self.away}")
+        if state["away"] and not self.away:
+            self.folder.event("away", why=state["away"])
+            self.progress.say(f"waited for, some minutes at most: {state['away']}")
+        self.away = state["away"]
         fleet = state["augmenters"], state["nodes"], state["lost"]
         if fleet != self.seen:
             self.seen = fleet

@@ -131,11 +131,11 @@ def cifar(classes: int) -> nn.Sequential:
         OrderedDict(
             conv1=nn.Conv2d(3, 64, 5, padding=2),
             relu1=nn.ReLU(),
-            norm1=Within(5, 0.1, k=1.0),
+            norm1=Within(5, 1e-4, k=1.0),
             pool1=nn.MaxPool2d(3, 2),
             conv2=nn.Conv2d(64, 64, 5, padding=2, groups=2),
             relu2=nn.ReLU(),
-            norm2=Within(5, 0.1, k=1.0),
+            norm2=Within(5, 1e-4, k=1.0),
             pool2=nn.MaxPool2d(3, 2),
             conv3=nn.Conv2d(64, 128, 3, padding=1),
             relu3=nn.ReLU(),

@@ -160,8 +160,7 @@ def test_images_in_another_order_keep_the_masks_of_their_places() -> None:
 
 def test_training_lowers_the_loss() -> None:
     network = build("cifar", 10)
-    trainer = make_trainer(network, dtype=torch.float32, rate=0.03)
-    images = batch(network, 16)
+    trainer, images = make_trainer(network, dtype=torch.float32), batch(network, 16)
     losses = [trainer.step(images, step).means()["loss"] for step in range(12)]
     assert losses[-1] < 0.7 * losses[0]
 

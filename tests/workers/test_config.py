@@ -48,7 +48,17 @@ def test_so_does_a_longer_run_of_a_file_but_not_one_that_goes_on(tmp_path: Path)
     assert configure({"epochs": 16, "drops": (3.0,)}, file).drops == (3.0,)
     assert configure({"epochs": 16}, file, goes_on=True).drops == (2.125, 6.0)
     for goes_on in (False, True):
-        assert configure({"schedule": "plateau"}, file, goes_on=goes_on).drops == ()
+        plateau = configure({"schedule": "plateau"}, file, goes_on=goes_on)
+        assert plateau.drops == ()
+        Path(f"{tmp_path}/plateau.toml").write_text(plateau.to_toml())
+        back = configure({"schedule": "steps"}, f"{tmp_path}/plateau.toml", goes_on=goes_on)
+        assert back.drops == configure({}).drops  # the recipe's
+
+
+def test_a_recipe_that_normalises_may_be_told_not_to() -> None:
+    assert configure({"network": "cifar"}).lrn_alpha == 0.1
+    without = configure({"network": "cifar", "lrn": False})
+    assert (without.lrn, without.lrn_alpha) == (False, None)
 
 
 def test_every_field_has_a_sentence() -> None:

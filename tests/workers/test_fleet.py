@@ -227,15 +227,42 @@ def test_replicas_get_an_item_once_all_its_parts_are_there(shards: str, cluster:
 
 
 class Starting:
-    """A fleet whose streams take `seconds` to start."""
+    """A fleet whose streams take `seconds` to start, and whose store may be `away`."""
 
-    replicas, itinerary, seconds = 1, range(1000), 0.0
+    replicas, itinerary, seconds, away = 1, range(1000), 0.0, ""
     where = SimpleNamespace(mesh=Mesh(1, 1, 1))
 
     def stream(self, start: int, watch: Watch) -> Iterator[tuple[int, int, Packed]]:
         time.sleep(self.seconds)
         for index in self.itinerary[start:]:
-            yield index, 0, Packed("pixels", "rest", "node")  # type: ignore[arg-type]
+            yield index, 0, Packed("pixels", "fault" if self.away else "rest", "node", self.away)
+
+
+def test_a_store_that_is_away_is_waited_for_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fleet = Starting()
+    feed = Feed(fleet)  # type: ignore[arg-type]
+    fleet.seconds, fleet.away = 0.02, "it does not answer"
+    with feed.there:
+        feed._begin()
+    found: list[Any] = []
+    rank = threading.Thread(target=lambda: found.append(feed.take(0, 0, True)), daemon=True)
+    rank.start()
+    while feed.streams < 5:  # each finds that it is away
+        time.sleep(0.01)
+    assert feed.state()["away"] == "it does not answer"
+    fleet.away = ""
+    rank.join(60)
+    assert found == [["pixels", "rest"]]
+    assert [feed.take(index, 0, True) for index in range(1, 40)] == [["pixels", "rest"]] * 39
+    assert feed.state()["away"] == ""
+    monkeypatch.setattr("workers.feed.PATIENCE", 0.3)
+    fleet.away = "it is gone"
+    begun, taken = time.monotonic(), 40
+    while feed.take(taken, 0, True) == ["pixels", "rest"]:  # made before
+        taken += 1
+    assert time.monotonic() - begun >= 0.3
 
 
 def test_how_long_a_stream_took_to_start_is_no_measure_of_the_next() -> None:
