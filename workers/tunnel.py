@@ -90,6 +90,7 @@ def _open(file: str, port: int, said: IO[str]) -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=said,
         stderr=said,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},  # or what SSH says would come before
         start_new_session=True,
         text=True,
     )

@@ -382,6 +382,7 @@ def test_a_head_that_lets_nobody_in_is_told(
     """Where no SSH server listens, or the key is none of its."""
     file = headed()
     given = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
+    given |= {"PYTHONUNBUFFERED": ""}  # as it mostly is
     done = towers(environment | given, tmp_path, "jobs", "--cluster", str(file))
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(
