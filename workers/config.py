@@ -122,6 +122,8 @@ def configure(given: dict[str, Any], file: str | None = None, *, goes_on: bool =
     recipe = RECIPES[name]()
     if chosen.get("lrn") is False:
         recipe = {field: value for field, value in recipe.items() if field[:4] != "lrn_"}
+        if "lrn" in given:
+            chosen = {k: v for k, v in chosen.items() if k[:4] != "lrn_" or k in given}
     if chosen.get("schedule") == "plateau":
         recipe.pop("drops", None)
         if "schedule" in given and "drops" not in given:

@@ -55,10 +55,15 @@ def test_so_does_a_longer_run_of_a_file_but_not_one_that_goes_on(tmp_path: Path)
         assert back.drops == configure({}).drops  # the recipe's
 
 
-def test_a_recipe_that_normalises_may_be_told_not_to() -> None:
-    assert configure({"network": "cifar"}).lrn_alpha == 0.1
-    without = configure({"network": "cifar", "lrn": False})
-    assert (without.lrn, without.lrn_alpha) == (False, None)
+def test_a_recipe_that_normalises_may_be_told_not_to(tmp_path: Path) -> None:
+    config = configure({"network": "cifar"})
+    assert config.lrn_alpha == 0.1
+    Path(f"{tmp_path}/config.toml").write_text(config.to_toml())
+    for file in (None, f"{tmp_path}/config.toml"):
+        without = configure({"network": "cifar", "lrn": False}, file)
+        assert (without.lrn, without.lrn_alpha) == (False, None)
+    with pytest.raises(UserError, match="lrn_alpha"):
+        configure({"network": "cifar", "lrn": False, "lrn_alpha": 0.2})
 
 
 def test_every_field_has_a_sentence() -> None:
