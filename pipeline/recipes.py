@@ -203,7 +203,7 @@ def alexnet_mini() -> dict[str, Any]:
 
 def cifar() -> dict[str, Any]:
     """`towers train CIFAR10 --network cifar`: CIFAR-10 on two cores, about 25% top-1 error in
-    7 to 20 minutes.
+    6 to 20 minutes.
     """
     return {
         "network": "cifar",
