@@ -9,6 +9,7 @@ import tomllib
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from typing import Any
 
 import fsspec
@@ -104,6 +105,15 @@ class Config(Recipe):
         return "\n".join(lines) + "\n"
 
 
+VOID = (
+    ("schedule", "plateau", frozenset({"drops"})),
+    ("lrn", False, frozenset({"lrn_size", "lrn_k", "lrn_alpha", "lrn_beta"})),
+)
+"""Settings, and what has no effect beside a value of theirs: a recipe's is left out there, and a
+file's if the setting is given by name.
+"""
+
+
 def configure(given: dict[str, Any], file: str | None = None, *, goes_on: bool = False) -> Config:
     """The recipe of the network, under what a TOML file says, under what is `given` by name.
 
@@ -120,15 +130,13 @@ def configure(given: dict[str, Any], file: str | None = None, *, goes_on: bool =
     if name not in RECIPES:
         raise UserError(f"network is {name!r}: one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]()
-    if chosen.get("lrn") is False:
-        recipe = {field: value for field, value in recipe.items() if field[:4] != "lrn_"}
-        if "lrn" in given:
-            chosen = {k: v for k, v in chosen.items() if k[:4] != "lrn_" or k in given}
-    if chosen.get("schedule") == "plateau":
-        recipe.pop("drops", None)
-        if "schedule" in given and "drops" not in given:
-            chosen.pop("drops", None)  # the file's, which are of its own schedule
-    elif "drops" not in given and not (goes_on and "drops" in said):
+    for option, value, without in VOID:
+        below = (recipe, chosen) if option in given else (recipe,)
+        for under, field in product(below, without.difference(given)):
+            if chosen.get(option) == value:
+                under.pop(field, None)
+    steps = chosen.get("schedule") != "plateau"
+    if steps and "drops" not in given and not (goes_on and "drops" in said):
         shape = said if "drops" in said else recipe
         before = shape.get("epochs")
         if before and "drops" in shape and chosen.get("epochs", before) != before:

@@ -115,10 +115,11 @@ class Feed:
                     if self._unwanted(number):
                         return
                     now = time.monotonic()
-                    if part.away and now - (self.since or now) < PATIENCE:
+                    if part.away:
                         self.away, self.since = part.away, self.since or now
-                        self._begin()  # with the part that is missing: blocks ahead may lack too
-                        return
+                        if now - self.since < PATIENCE:
+                            self._begin()  # with the missing part: blocks ahead may lack too
+                            return
                     self.away, self.since = "", 0.0
                     if self.nodes and self.asked:  # else that was the start of actors
                         self.slowest = max(self.slowest, now - self.moved)

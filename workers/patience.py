@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from datasets.storage import StoreFailed, passing
+from datasets.storage import passing
 
 PAUSES = 0, 1, 5, 25, 125
 """Seconds before each attempt at what a run cannot go on without, while a store fails."""
@@ -25,6 +25,6 @@ def patiently(call: Callable[[], T], check: Callable[[], object] = lambda: None)
         try:
             return call()
         except Exception as error:
-            if pause == PAUSES[-1] or not (passing(error) or isinstance(error, StoreFailed)):
+            if pause == PAUSES[-1] or not passing(error):
                 raise
     raise AssertionError
