@@ -20,7 +20,7 @@ _UNKNOWN = 2 << 20  # bytes that an image may well have whose source does not sa
 
 
 class Entry(NamedTuple):
-    """An image of a source, as `sources.ENTRIES` has it; `label` is the number of its class."""
+    """An image of a source, as `scanning.ENTRIES` has it; `label` is the number of its class."""
 
     file: str
     offset: int

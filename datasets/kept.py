@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from datasets import DataError
 from datasets.fetch import Entry, entries_of
 from datasets.layout import Dataset
+from datasets.scanning import plain
 from datasets.shards import WORK, read_manifest
-from datasets.sources import plain
 from datasets.statistics import Sums
 from datasets.storage import matching, parquet, persistent, remove, storage, writable, write_whole
 

@@ -24,8 +24,9 @@ from datasets.foreign import in_order
 from datasets.images import decode, standard
 from datasets.kept import Made, Options, Preparation, finished, keep, kept_entries, save_made
 from datasets.layout import Shard
+from datasets.scanning import plain
 from datasets.shards import WORK, Encoded, read_manifest, row_groups, write_manifest, write_shard
-from datasets.sources import Source, plain
+from datasets.sources import Source
 from datasets.statistics import STATISTICS, Sums
 from datasets.storage import remove, storage, whole
 
@@ -46,7 +47,7 @@ def lay_out(
     labels: Mapping[str, tuple[str, str]] | Sequence[str] | None = None,
     words: Mapping[str, str] | None = None,
 ) -> Preparation:
-    """Decides for each entry (a table of `sources.ENTRIES`) its label, split and shard.
+    """Decides for each entry (a table of `scanning.ENTRIES`) its label, split and shard.
 
     `split` takes all of the source as one split, beside those that `url` already has. Raises
     DataError if images have no label, or what lies at `url` is something else.

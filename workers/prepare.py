@@ -12,8 +12,9 @@ import pyarrow as pa
 from datasets.kept import Options, Preparation, complete, finished
 from datasets.listing import read_labels, read_words
 from datasets.preparation import finish, lay_out, make_shard
+from datasets.scanning import scan
 from datasets.shards import read_manifest
-from datasets.sources import Source, find_source, scan
+from datasets.sources import Source, find_source
 from datasets.storage import storage
 from workers.cluster import connected
 from workers.config import UserError

@@ -17,8 +17,9 @@ from PIL import Image
 from datasets.kept import Options, Preparation
 from datasets.preparation import finish, lay_out, make_shard
 from datasets.rows import Rows
+from datasets.scanning import scan
 from datasets.shards import open_dataset
-from datasets.sources import find_source, scan
+from datasets.sources import find_source
 
 CLASSES = ("bird", "cat", "dog")
 IMAGES = 12

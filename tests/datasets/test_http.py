@@ -13,7 +13,8 @@ import pytest
 
 from datasets import DataError
 from datasets.fetch import entries_of, fetch
-from datasets.sources import Source, find_source, scan
+from datasets.scanning import scan
+from datasets.sources import Source, find_source
 
 
 @pytest.fixture

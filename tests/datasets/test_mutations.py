@@ -15,8 +15,9 @@ from datasets.drawn import write_drawn
 from datasets.fetch import Entry, fetch
 from datasets.images import standard
 from datasets.rows import Rows
+from datasets.scanning import scan
 from datasets.shards import open_dataset
-from datasets.sources import find_source, scan
+from datasets.sources import find_source
 from datasets.statistics import Statistics
 
 MEMORY = 512 << 20  # bytes that all of it may take

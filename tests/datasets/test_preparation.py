@@ -28,8 +28,9 @@ from datasets.images import decode
 from datasets.kept import Options, complete, finished
 from datasets.listing import read_labels, read_words
 from datasets.preparation import finish, make_shard
+from datasets.scanning import ENTRIES, scan
 from datasets.shards import open_dataset
-from datasets.sources import ENTRIES, find_source, scan
+from datasets.sources import find_source
 from datasets.statistics import Statistics
 from datasets.validation import Findings, check_shard
 
