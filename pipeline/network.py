@@ -255,6 +255,7 @@ def build(
     norm: Mapping[str, float] | None = None,
     init_std: float | None = None,
     init_scale: float = 1.0,
+    crop: int | None = None,
 ) -> Network:
     """The network `name` for so many classes, with the variants of the paper's comparisons.
 
@@ -262,8 +263,8 @@ def build(
     without overlap (3.4), `dropout` another rate where the table drops, `columns` 1 the half-size
     column of 3.2, `crossings` "last" with none before the last layer (source, run 150), `norm`
     other fields of `Norm` where it runs over maps, `init_std` the deviation of all initial weights
-    (paper, 5: 0.01), `init_scale` a factor on deviations. Raises ValueError naming option, value
-    and what is allowed.
+    (paper, 5: 0.01), `init_scale` a factor on deviations, `crop` another side of the crops, in
+    pixels. Raises ValueError naming option, value and what is allowed.
     """
     if name not in NETWORKS:
         raise ValueError(f"network is {name!r}: one of {', '.join(NETWORKS)}")
@@ -299,7 +300,7 @@ def build(
         if layer.dropout and dropout is not None:
             layer = replace(layer, dropout=dropout)
         layers.append(layer)
-    network = replace(network, layers=tuple(layers))
+    network = replace(network, layers=tuple(layers), crop=network.crop if crop is None else crop)
     if columns == 1:
         return half_column(network)
     if columns != network.columns:

@@ -43,6 +43,7 @@ class Recipe:
     init_scale: float = setting(1.0, "Factor on the deviations of initial weights.")
 
     image: int = setting(256, "Side in pixels that images are brought to before cropping.")
+    crop: int | None = setting(None, "Side in pixels of the crops; as in the table if unset.")
     scale: float = setting(1.0, "Factor on pixels (0 to 255) once the mean is taken off.")
     pad: int = setting(0, "Pixels of reflected border before a random crop.")
     crops: bool = setting(True, "Random crops in training; else the centre.")
@@ -122,6 +123,7 @@ class Recipe:
             },
             init_std=self.init_std,
             init_scale=self.init_scale,
+            crop=self.crop,
         )
 
     @property

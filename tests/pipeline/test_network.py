@@ -109,6 +109,9 @@ def test_options_change_every_layer_that_they_name() -> None:
     assert [layer.norms for layer in layers] == [()] * 8
     assert [(p.size, p.stride) for layer in layers if (p := layer.pool)] == [(2, 2)] * 3
     assert [layer.dropout for layer in layers] == [0] * 5 + [0.25] * 2 + [0]
+    larger = build("alexnet", 10, crop=256)
+    assert [shape.side for shape in larger.shapes] == [31, 15, 15, 15, 7, 1, 1, 1]
+    assert larger.weight_shape(5) == (4096, 256 * 7 * 7)
 
 
 def test_norms_take_other_constants_where_they_run_over_maps() -> None:
@@ -195,6 +198,8 @@ def test_of_an_odd_number_the_first_tower_has_one_more() -> None:
         ({"init_std": 0.0}, r"init_std is 0\.0: more than 0"),
         ({"init_scale": 0.0}, r"init_scale is 0\.0: more than 0"),
         ({"classes": 1}, "1 classes: at least 2"),
+        ({"crop": 30}, "conv2: nothing is left of a 30-pixel crop"),
+        ({"crop": 0}, "conv1: nothing is left of a 0-pixel crop"),
     ],
 )
 def test_build_refuses(change: dict[str, Any], message: str) -> None:

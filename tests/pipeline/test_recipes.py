@@ -55,6 +55,7 @@ def test_a_recipe_hands_its_options_on() -> None:
     network = Recipe(lrn_size=3, lrn_k=1.0, lrn_alpha=0.1, lrn_beta=0.5, init_scale=2.0).build(10)
     assert (network.layers[0].norms, network.layers[0].std) == ((Norm(3, 0.1, 0.5, 1.0),), 0.02)
     assert Recipe(network="cifar", init_std=0.5).build(10).layers[0].std == 0.5
+    assert Recipe(crop=200, image=200).build(10).crop == 200
     assert not Recipe(crossings="last").build(10).layers[2].crosses
     schedule = Recipe(rate=0.5, schedule="steps", drops=(1.0,), warmup=3).rates()
     assert [schedule.at(s, e, []) for s, e in ((0, 0), (3, 0), (9, 1))] == [0.125, 0.5, 0.05]

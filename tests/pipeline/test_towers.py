@@ -152,6 +152,7 @@ def test_two_towers_of_a_small_table_equal_one_process_and_plain_modules(
         {"activation": "tanh"},
         {"lrn": False},
         {"pooling": "2/2"},
+        {"crop": 80},
         {"dropout": 0.2},
         {"dropout": 0.0},
     ],

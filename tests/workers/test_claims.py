@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.network import build
 from workers.claims import ARMS, CLAIMS, REFUTED, SUPPORTED, T95, UNSHOWN, WEAKER, judge
 from workers.claims_page import claims_page, told
 from workers.cli import main
@@ -142,6 +143,14 @@ def test_the_rate_is_taken_that_came_to_the_goal_first_or_else_nearest(tmp_path:
     assert best("lrn", quick, slow, far) == 2  # of arms that train to their end, by the end
 
 
+def test_both_poolings_leave_as_many_positions_as_the_papers_do() -> None:
+    lab = _Lab("memory://pooling", Scale(), 1, None, Progress())
+    ours = [lab._config(ARMS[arm], 0, "").build(10) for arm in POOLING.arms]
+    papers = [build("alexnet", 10, pooling=pooling) for pooling in ("3/2", "2/2")]
+    for overlapping, apart in (ours, papers):
+        assert overlapping.shapes == apart.shapes
+
+
 def test_longer_arms_drop_their_rate_later() -> None:
     lab = _Lab("memory://longer", Scale(scale=3), 1, None, Progress())
     config = lab._config(ARMS["lrn"], 0, "", 0.003)
@@ -186,12 +195,12 @@ def test_runs_are_compared_by_their_seeds(tmp_path: Path) -> None:
 
     # Of one seed a run failed, and one seed's is of no use: the others differ by .01 each.
     runs = {
-        "base": told("base", {0: 0.2, 2: 0.5, 3: 0.8}),
+        "pooling-3-2": told("pooling-3-2", {0: 0.2, 2: 0.5, 3: 0.8}),
         "pooling-2-2": told("pooling-2-2", {0: 0.21, 1: 0.9, 2: 0.51, 3: math.nan}),
     }
     finding, values = lab.measured(POOLING, runs)
     assert finding.figure == pytest.approx(0.01)
-    assert values == {"base": [0.2, 0.5, 0.8], "pooling-2-2": [0.21, 0.9, 0.51]}
+    assert values == {"pooling-3-2": [0.2, 0.5, 0.8], "pooling-2-2": [0.21, 0.9, 0.51]}
     assert _on(Scale(), POOLING, runs, {}).endswith("9 steps, 3 seeds")
     # Runs too short to tell how long a step takes.
     half = CLAIMS["towers-time"]

@@ -203,7 +203,7 @@ def test_a_claim_is_judged_by_runs_that_are_not_run_again(
     found: dict[str, Any], shards: str, tmp_path: Path
 ) -> None:
     folder, said = str(tmp_path / "claims"), list[str]()
-    base = f"{folder}/runs/base-seed0"
+    base = f"{folder}/runs/pooling-3-2-seed0"
     shutil.copytree(found["best"]["run"], base)
 
     class Listener(Progress):
@@ -211,9 +211,9 @@ def test_a_claim_is_judged_by_runs_that_are_not_run_again(
             said.append(text)
 
     scale = Scale(shards, scale=0.1, images=100)
-    with pytest.raises(UserError, match=r"/base-seed0 was trained with \w+ .*, and the claim has"):
+    with pytest.raises(UserError, match=r"-seed0 was trained with \w+ .*, and the claim has"):
         claims(folder, ["pooling"], scale, seeds=1)
-    config = _Lab(folder, scale, 1, None, Progress())._config(ARMS["base"], 0, base)
+    config = _Lab(folder, scale, 1, None, Progress())._config(ARMS["pooling-3-2"], 0, base)
     Path(base, CONFIG).write_text(config.to_toml())  # as if it had been trained so
     first = claims(folder, ["pooling"], scale, seeds=1, progress=Listener())
     assert "to run: 1" in said
@@ -222,7 +222,7 @@ def test_a_claim_is_judged_by_runs_that_are_not_run_again(
     history = read_history(f"{folder}/runs/pooling-2-2-seed0", goal=False)
     assert history.done
     assert line["arms"] == {
-        "base": [read_history(f"{folder}/runs/base-seed0", goal=False).top1_error],
+        "pooling-3-2": [read_history(base, goal=False).top1_error],
         "pooling-2-2": [history.top1_error],
     }
     said.clear()
