@@ -22,12 +22,12 @@ from datasets.webdataset import samples
 
 ENTRIES = pa.schema(
     [
-        ("file", pa.dictionary(pa.int32(), pa.string())),
+        ("file", pa.dictionary(pa.int32(), pa.large_string())),  # beyond 2 GB of names, too
         ("offset", pa.int64()),
         ("length", pa.int64()),
         ("packed", pa.int64()),
         ("check", pa.int64()),
-        ("name", pa.string()),
+        ("name", pa.large_string()),
         ("label", pa.dictionary(pa.int32(), pa.string())),
         ("split", pa.dictionary(pa.int32(), pa.string())),
     ]
@@ -39,8 +39,9 @@ only folders in `name` tell or the row has none; `split` is "" if the source nam
 
 
 def plain(schema: Any) -> Any:
-    """A schema with the values of its dictionaries in their stead."""
-    return pa.schema([(f.name, getattr(f.type, "value_type", f.type)) for f in schema])
+    """A schema with strings in the stead of dictionaries and large strings, for a few rows."""
+    integer = pa.types.is_integer
+    return pa.schema([(f.name, f.type if integer(f.type) else pa.string()) for f in schema])
 
 
 _PLAIN = plain(ENTRIES)
@@ -107,9 +108,9 @@ def _files(source: Source, part: Part) -> Iterator[Found]:
     fs, path = storage(part.file)
     _, root = storage(source.url)
     # A web server's names are links, and their list has no sizes.
-    plain = partial(unquote, errors="surrogateescape") if "http" in fs.protocol else str
+    named = partial(unquote, errors="surrogateescape") if "http" in fs.protocol else str
     for name, size in files_below(fs, path).items():
-        inner = plain(name).removeprefix(plain(root)).strip("/")
+        inner = named(name).removeprefix(named(root)).strip("/")
         member = Member(inner, 0, -1 if size is None else size)
         yield address(fs, name), member, None
 
