@@ -26,8 +26,14 @@ SPLITS = {
     "validation": "val",
     "dev": "val",
     "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
 }
 """Names of splits as others call them, and as we do."""
+
+PARTIAL = "partial-"  # train, of which the hub has made only the first gigabytes Parquet
+SHARD = r"-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.parquet$"  # the hub has a hash behind its numbers
 
 MOST_CLASSES = 100_000  # by numbers in few rows; beyond, they are no classes' but something else's
 
@@ -40,6 +46,7 @@ def split_word(path: str) -> str:
     called, else another word of its name; "" if none is.
     """
     *folders, name = path.lower().split("/")
+    folders = [folder.removeprefix(PARTIAL) for folder in folders]
     first, *others = re.split(r"[-_.]", name)
     words = [first, *reversed(folders), *others]
     return next((SPLITS[word] for word in words if word in SPLITS), "")
@@ -49,7 +56,7 @@ def split_files(root: str, paths: list[str]) -> dict[str, list[str]]:
     """The Parquet files below `root` by split, each split in the order of names.
 
     A file `train-*`, `*_train` or in a folder `train` belongs to "train"; all of them do if no name
-    tells, and beside such a one `other-00000` to "other".
+    tells, and beside such a one `other-00000` or a folder `other` to "other".
     Raises DataError if files that names like `train-00000-of-00042` speak of are missing, or there
     are several data sets in folders of their own, as Hugging Face has configurations.
     """
@@ -57,13 +64,20 @@ def split_files(root: str, paths: list[str]) -> dict[str, list[str]]:
     sets: dict[str, set[str]] = defaultdict(set)
     below = {path: path.removeprefix(root).strip("/") for path in sorted(paths)}
     told = any(map(split_word, below.values()))
+    above = {
+        folders[:at]
+        for folders in (tuple(inner.split("/")[:-1]) for inner in below.values())
+        for at, folder in enumerate(folders)
+        if _is_split(folder)
+    }
     for path, inner in below.items():
         *folders, name = inner.split("/")
         known = split_word(inner)
         numbered = re.match(r"(\w+)-\d+", name) if told else None
-        splits[known or (numbered[1] if numbered else "train")].append(path)
+        beside = (f for at, f in enumerate(folders) if tuple(folders[:at]) in above)
+        splits[known or (numbered[1] if numbered else next(beside, "train"))].append(path)
         if known:
-            sets[known].add("/".join(takewhile(lambda f: f.lower() not in SPLITS, folders)))
+            sets[known].add("/".join(takewhile(lambda f: not _is_split(f), folders)))
     for split, several in sets.items():
         if len(several) > 1:
             names = ", ".join(sorted(name or "its top" for name in several))
@@ -73,6 +87,10 @@ def split_files(root: str, paths: list[str]) -> dict[str, list[str]]:
     return in_order(splits)
 
 
+def _is_split(folder: str) -> bool:
+    return folder.lower().removeprefix(PARTIAL) in SPLITS
+
+
 def in_order(splits: Mapping[str, T]) -> dict[str, T]:
     """Training first, then validation, and a fixed order whatever the others are called."""
     order = sorted(splits, key=lambda split: (split != "train", split != "val", split))
@@ -80,14 +98,14 @@ def in_order(splits: Mapping[str, T]) -> dict[str, T]:
 
 
 def _check_complete(root: str, files: list[str]) -> None:
-    counts = [re.search(r"-(\d+)-of-(\d+)\.parquet$", path) for path in files]
+    counts = [re.search(SHARD, path) for path in files]
     totals = {int(match[2]) for match in counts if match}
-    if len(totals) == 1 and all(counts) and len(files) < (total := totals.pop()):
-        there = {int(match[1]) for match in counts if match}
+    there = {int(match[1]) for match in counts if match}
+    if len(totals) == 1 and all(counts) and len(there) < (total := totals.pop()):
         missing = next(number for number in range(total) if number not in there)
-        stem = re.sub(r"-\d+-of-\d+\.parquet$", "", files[0])
+        stem = re.sub(SHARD, "", files[0])
         raise DataError(
-            f"{root}: {len(files)} of {total} files are there, {stem}-{missing:05d}-of-"
+            f"{root}: {len(there)} of {total} files are there, {stem}-{missing:05d}-of-"
             f"{total:05d}.parquet is not; fetch the rest, or rename these without '-of-'"
         )
 
@@ -115,8 +133,13 @@ def columns(path: str, schema: Any, labelled: bool = True) -> tuple[str, str, tu
         raise DataError(
             f"{path}: no column of integer labels (ClassLabel, or called label); it has {there}"
         )
-    names = features.get(label or "", {}).get("names")
-    return image, label or "", tuple(map(str, names)) if isinstance(names, list) else ()
+    return image, label or "", class_names(schema, label or "")
+
+
+def class_names(schema: Any, label: str) -> tuple[str, ...]:
+    """What a file's schema calls the classes of its label column; () if it does not."""
+    names = _features(schema).get(label, {}).get("names")
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def check_columns(path: str, schema: Any, image: str, label: str) -> None:

@@ -181,6 +181,8 @@ def _formats() -> tuple[str, ...]:
 
 
 def _turned(image: Image.Image) -> bool:
+    if image.format == "PNG":  # which may have it behind its pixels
+        image.load()
     return "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1
 
 

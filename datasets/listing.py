@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import csv
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datasets import DataError
 from datasets.foreign import LABELS, SPLITS
+from datasets.images import is_image
 from datasets.storage import opened
 
-PATHS = ("path", "file", "filename", "file_name", "filepath", "image_path", "image", "img", "name")
+PATHS = (
+    *("path", "file", "filename", "file_name", "filepath", "filepaths", "image_path", "img_path"),
+    *("image", "img", "image_name", "image_id", "name"),
+)
 CATEGORIES = (*LABELS, "category", "class_name", "label_name", "synset", "wnid")
 SUBSETS = ("split", "subset", "set")
 KAGGLE = {"imageid": "path", "predictionstring": "label"}
@@ -53,6 +59,10 @@ def read_list(url: str) -> Iterator[tuple[str, str, str]]:
         if place == 0 and (named := list_columns(fields)):
             at = named
             continue
+        if place == 0 and not is_image(fields[0]) and _names_columns(fields):
+            raise DataError(
+                f"{url} line {number}: names columns, but not both path and label; call them so"
+            )
         try:
             path, label = fields[at["path"]], fields[at["label"]]
             split = fields[at["split"]] if "split" in at else ""
@@ -75,6 +85,10 @@ def list_columns(names: Sequence[str]) -> dict[str, int]:
     if all(name in lower for name in KAGGLE):
         found = {KAGGLE[name]: lower.index(name) for name in KAGGLE} | {"kaggle": 0}
     return found if {"path", "label"} <= found.keys() else {}
+
+
+def _names_columns(fields: Sequence[str]) -> bool:
+    return any(field.lower() in (*PATHS, *CATEGORIES, *SUBSETS) for field in fields)
 
 
 def read_labels(url: str, synsets: Sequence[str]) -> dict[str, tuple[str, str]] | list[str]:
@@ -137,17 +151,19 @@ def by_folder(names: Sequence[str]) -> list[tuple[str, str]]:
     folders = [[p for p in name.split("/")[:-1] if p not in ("", ".")] for name in names]
     folders = _without_common(folders)
     splits = [""] * len(names)
-    # Of two, not of a class that is called so: below them there are classes.
-    parts = {SPLITS[f[0].lower()] for f in folders if len(f) > 1 and f[0].lower() in SPLITS}
-    odd = next((f[0] for f in folders if f and f[0].lower() not in SPLITS), "")
-    if len(parts) > 1 and odd:
+    named = _splits({f[0] for f in folders if f})
+    # Not of a class that is called so: below it there are classes.
+    parts = {named[f[0]] for f in folders if len(f) > 1 and f[0] in named}
+    odd = next((f[0] for f in folders if f and f[0] not in named), "")
+    if parts and odd:
         raise DataError(
             f"{odd}: a folder beside those of the splits ({', '.join(sorted(parts))}); move it away"
         )
     # Not of classes that are called so: below one of them there are others.
-    if all(f and f[0].lower() in SPLITS for f in folders) and any(len(f) > 1 for f in folders):
-        splits = [SPLITS[f[0].lower()] for f in folders]
-        folders = _without_common([f[1:] for f in folders])
+    if all(f and f[0] in named for f in folders) and any(len(f) > 1 for f in folders):
+        splits = [named[f[0]] for f in folders]
+        # As seg_train/seg_train, which unpacking an archive into a folder of its name leaves.
+        folders = _without_common([f[2:] if f[1:2] == f[:1] else f[1:] for f in folders])
     for name, path in zip(names, folders, strict=True):
         if not path:
             raise DataError(
@@ -155,6 +171,20 @@ def by_folder(names: Sequence[str]) -> list[tuple[str, str]]:
                 "into a folder for each class"
             )
     return [(path[0], split) for path, split in zip(folders, splits, strict=True)]
+
+
+def _splits(folders: set[str]) -> dict[str, str]:
+    """The split that each of some folders is called; those without one are left out. Other words
+    may stand beside it in all, as in seg_train and seg_test.
+    """
+    if called := {name: SPLITS[name.lower()] for name in folders if name.lower() in SPLITS}:
+        return called
+    alike: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
+    for name in folders:
+        words = re.split(r"[-_. ]", name.lower())
+        for word in set(words) & SPLITS.keys():
+            alike[tuple(w for w in words if w != word)][name] = SPLITS[word]
+    return next((found for found in alike.values() if len(set(found.values())) > 1), {})
 
 
 def _without_common(folders: list[list[str]]) -> list[list[str]]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datasets import DataError
-from datasets.foreign import check_columns, columns, numbered_classes, split_files
+from datasets.foreign import check_columns, class_names, columns, numbered_classes, split_files
 from datasets.layout import Dataset, Shard
 from datasets.statistics import STATISTICS
 from datasets.storage import (
@@ -276,6 +276,10 @@ def _foreign(root: str, files: dict[str, list[str]], labelled: bool) -> Dataset:
                     f"{shard.path}: no column {name!r} as in {paths[0]}; it has {there}"
                 )
         check_columns(shard.path, schema, image, label if labelled else "")
+        if (names := class_names(schema, label)) and names != (classes := classes or names):
+            raise DataError(
+                f"{shard.path}: {label!r} has other classes than in {paths[0]}; encode them alike"
+            )
     shards = {shard.path: shard for shard, _ in read}
     splits = {split: tuple(shards[path] for path in found) for split, found in files.items()}
     if labelled and not classes:

@@ -26,7 +26,7 @@ from workers.trained import pick_step
 
 SHAPELESS = (
     *("activation", "lrn", "lrn_size", "lrn_k", "lrn_alpha", "lrn_beta", "pooling", "crossings"),
-    *("image", "scale"),
+    *("image", "crop", "scale"),
 )
 """Settings that weights depend on and no shape of theirs tells."""
 

@@ -78,6 +78,11 @@ def test_exif_orientation_is_applied() -> None:
     exif[0x0112] = 6
     data = stored(Image.fromarray(ramp()), "PNG", exif=exif)
     assert decode(data, "x").tolist() == np.rot90(ramp(), -1).tolist()
+    at = data.index(b"eXIf") - 4
+    end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+    chunk, last = data[at:end], data.index(b"IEND") - 4
+    behind = data[:at] + data[end:last] + chunk + data[last:]  # its pixels
+    assert decode(behind, "x").tolist() == np.rot90(ramp(), -1).tolist()
 
 
 def test_the_first_frame_counts() -> None:

@@ -200,6 +200,10 @@ def parquet(path: Path, schema: pa.Schema | None = None, **columns: list[object]
         (["part-00000", "part-00001"], {"train": 2}),
         (["data-00000-of-00001"], {"train": 1}),
         (["some", "more"], {"train": 2}),
+        (["default/partial-train/0000", "default/partial-test/0000"], {"train": 1, "test": 1}),
+        (["default/train/0000", "default/unlabeled/0000"], {"train": 1, "unlabeled": 1}),
+        (["train-0", "data/more"], {"train": 2}),
+        ([f"train-{n:05d}-of-00002-{n}f1e2d3c4b5a6978" for n in range(2)], {"train": 2}),
     ],
 )
 def test_files_are_found_by_split(tmp_path: Path, files: list[str], splits: dict[str, int]) -> None:
@@ -208,6 +212,14 @@ def test_files_are_found_by_split(tmp_path: Path, files: list[str], splits: dict
     dataset = open_dataset(str(tmp_path))
     assert {split: len(shards) for split, shards in dataset.splits.items()} == splits
     assert dataset.classes == ("0", "1", "2")
+
+
+def test_a_missing_file_is_noticed_behind_the_hubs_hashes(tmp_path: Path) -> None:
+    for number in (0, 2):
+        name = f"train-0000{number}-of-00003-{number}f1e2d3c4b5a6978"
+        parquet(tmp_path / f"{name}.parquet", image=[b"x"], label=[2])
+    with pytest.raises(DataError, match=r"2 of 3 files are there, .*train-00001-of-00003.parquet"):
+        open_dataset(str(tmp_path))
 
 
 def test_one_file_is_a_training_split(tmp_path: Path) -> None:
@@ -290,6 +302,22 @@ def test_two_columns_of_one_name(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array([b"x"]), pa.array([1]), pa.array([2])], ["image", *"yy"])
     pq.write_table(table, tmp_path / "train-0.parquet")
     with pytest.raises(DataError, match=r"train-0.parquet: 2 columns are called 'y'; rename all"):
+        open_dataset(str(tmp_path))
+
+
+def test_files_whose_classes_differ(tmp_path: Path) -> None:
+    def add(name: str, *classes: str) -> None:
+        features = {"label": {"_type": "ClassLabel", "names": classes}}
+        schema = pa.schema({"image": pa.binary(), "label": pa.int64()}).with_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        )
+        parquet(tmp_path / name, schema, image=[b"x"], label=[0])
+
+    parquet(tmp_path / "train-0.parquet", image=[b"x"], label=[0])  # which names none
+    add("train-1.parquet", "cat", "dog")
+    assert open_dataset(str(tmp_path)).classes == ("cat", "dog")
+    add("test-0.parquet", "dog", "cat")
+    with pytest.raises(DataError, match=r"test-0.parquet: 'label' has other classes than in .*"):
         open_dataset(str(tmp_path))
 
 

@@ -204,6 +204,31 @@ def test_an_image_beside_class_folders_is_named(kind: str, loose: str, tmp_path:
         prepare(str(source), tmp_path / "shards", WHOLE)
 
 
+@pytest.mark.parametrize(
+    "names", [("Training", "Testing"), ("seg_train/seg_train", "seg_test/seg_test")]
+)
+def test_folders_may_call_splits_otherwise(names: tuple[str, str], tmp_path: Path) -> None:
+    source = files(tmp_path / "x", *(f"{s}/{c}/0.jpg" for s in names for c in "ab"))
+    manifest = prepare(str(source), tmp_path / "shards", WHOLE)
+    assert (manifest["rows"], manifest["classes"]) == ({"train": 2, "test": 2}, ["a", "b"])
+    files(source, "seg_pred/0.jpg")
+    with pytest.raises(DataError, match=r"^seg_pred: a folder beside those of the splits"):
+        prepare(str(source), tmp_path / "other", WHOLE)
+
+
+def test_classes_may_have_a_splits_name_in_theirs(tmp_path: Path) -> None:
+    source = files(tmp_path / "x", "train_station/1/0.jpg", "test_tube/2/0.jpg")
+    manifest = prepare(str(source), tmp_path / "shards", WHOLE)
+    assert manifest["classes"] == ["test_tube", "train_station"]
+
+
+def test_a_list_whose_columns_tell_no_path_is_refused(tmp_path: Path) -> None:
+    files(tmp_path, "a.jpg")
+    (tmp_path / "x.csv").write_text("photo_of,label\na.jpg,cat\n")
+    with pytest.raises(DataError, match=r"x.csv line 1: names columns, but not both path and la"):
+        prepare(f"{tmp_path}/x.csv", tmp_path / "shards", WHOLE)
+
+
 def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
     source = files(tmp_path / "x", "train/0.jpg", "val/0.jpg", "train/1.jpg")
     assert prepare(str(source), tmp_path / "shards", WHOLE)["classes"] == ["train", "val"]
