@@ -43,8 +43,10 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
         _closed()
         return result
     except (UserError, DataError) as error:
+        from datasets.storage import StoreFailed
+
         print(f"towers: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, StoreFailed) else 2
     except RunFailed as error:
         print(f"towers: {error}", file=sys.stderr)
         return 1

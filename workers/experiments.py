@@ -86,13 +86,18 @@ def claims(
                     )
                     for claim in trained
                 ]
-        found = {**_before(folder), **{line["claim"]: line for line in lines}}
+        before, drawn = _before(folder)
+        found = {**before, **{line["claim"]: line for line in lines}}
         lines = [found[name] for name in (*COUNTS, *CLAIMS) if name in found]
         result = {"run": folder, **asdict(scale), "seeds": seeds, "claims": lines}
         fs, path = storage(folder)
-        curves = {arm: [(told.steps, told.curve) for told in ended] for arm, ended in runs.items()}
+        curves = drawn | {
+            arm: [(told.steps, told.curve) for told in ended]
+            for arm, ended in runs.items()
+            if ARMS[arm].to_goal
+        }
         for name, text in (
-            (RESULT, json.dumps(result, indent=1) + "\n"),
+            (RESULT, json.dumps({**result, "curves": curves}, indent=1) + "\n"),
             (TABLE, markdown(lines)),
             (REPORT, claims_page(result, curves)),
         ):
@@ -114,13 +119,22 @@ def _keep(folder: str, scale: Scale) -> None:
         write_whole(fs, f"{path}/{SETTINGS}", text.encode())
 
 
-def _before(folder: str) -> dict[str, dict[str, Any]]:
-    """What was found in a folder before, by claim."""
+def _before(folder: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What was found in a folder before, by claim, where it was by the arms that the claim has, and
+    the curves that were drawn, by arm.
+    """
     fs, path = storage(folder)
     with writing(folder), suppress(FileNotFoundError, ValueError, TypeError, KeyError):
-        lines = json.loads(fs.cat_file(f"{path}/{RESULT}"))["claims"]
-        return {line["claim"]: line for line in lines}
-    return {}
+        result = json.loads(fs.cat_file(f"{path}/{RESULT}"))
+        lines = {line["claim"]: line for line in result["claims"]}
+        kept = {n: line for n, line in lines.items() if n not in CLAIMS or _same(CLAIMS[n], line)}
+        return kept, result.get("curves", {})
+    return {}, {}
+
+
+def _same(claim: Claim, line: dict[str, Any]) -> bool:
+    told = claim.measures if claim.better == claim.worse else (claim.better, claim.worse)
+    return set(told) <= line["arms"].keys()
 
 
 class _Lab:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datasets.storage import opened, storage
 from pipeline import checkpoint
-from pipeline.network import Network
+from pipeline.network import Network, build
 from pipeline.optimizer import SGD
 from pipeline.recipes import Recipe
 from pipeline.tower import Tower
@@ -47,8 +47,11 @@ class Initial:
         """A line that says what of the recipe, though no weight's shape tells, `config` has
         otherwise; "" if nothing.
         """
-        was, here = self.recipe, vars(config)
-        names = [name for name in SHAPELESS if was and was.get(name) != here[name]]
+        table = build(config.network, 2).crop
+        was, here = (
+            {**said, "crop": said.get("crop") or table} for said in (self.recipe, vars(config))
+        )
+        names = [name for name in SHAPELESS if self.recipe and was.get(name) != here[name]]
         if not names:
             return ""
         old, new = (", ".join(f"{name} {said.get(name)}" for name in names) for said in (was, here))
@@ -154,8 +157,10 @@ def _settings(said: dict[str, Any]) -> dict[str, Any]:
 
 def _hint(recipe: dict[str, Any], config: Config) -> str:
     """What to add to an error about shapes."""
-    known = recipe.get("network", config.network)
-    return f": they are of --network {known}" if known != config.network else ""
+    known, crop = recipe.get("network", config.network), recipe.get("crop")
+    if known != config.network:
+        return f": they are of --network {known}"
+    return f": they are of --crop {crop}" if crop and crop != config.crop else ""
 
 
 @contextmanager

@@ -166,6 +166,7 @@ class Rank:
                 try:
                     part = self.trainer.step(images, item.step)
                 except NotANumber as error:
+                    yield from self._written()
                     raise NotANumber(f"{error}, epoch {item.epoch}, batch {item.batch}") from None
                 self.progress["step"], trained = item.step, item.epoch
                 if trace.on and begun == PROFILED[-1]:
@@ -179,7 +180,11 @@ class Rank:
                     totals = Totals()
             else:
                 trace.on = False
-                part = self.trainer.evaluate(images)
+                try:
+                    part = self.trainer.evaluate(images)
+                except NotANumber:
+                    yield from self._written()
+                    raise
                 evaluated = part if item.batch == 0 else evaluated + part
                 if item.last:
                     line = {"step": item.step, "epoch": item.epoch, "images": evaluated.images}
@@ -277,7 +282,7 @@ class Rank:
 
     def weights_sha256(self, path: str) -> str:
         """Of the whole network's weights in a checkpoint."""
-        return checkpoint.weights_sha256(path)
+        return patiently(partial(checkpoint.weights_sha256, path))
 
 
 def _gpu() -> torch.device:

@@ -307,14 +307,13 @@ def write_scale(run: str, augmenters: str) -> bool:
         raise UserError(f"{run}: no run there")
     last = [event["event"] for event in read_lines(run, EVENTS)][-1:]
     fs, path = storage(run)
-    ended = last == ["end"]
+    goes_on = last != ["end"] and ("://" in run or occupied(run))
     with writing(run):
-        if not ended:
-            write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
-        else:
+        write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
+        if not goes_on:  # or whoever resumes it with this size would have asked for nothing new
             config = configure({"augmenters": augmenters}, f"{run}/{CONFIG}", goes_on=True)
             write_whole(fs, f"{path}/{CONFIG}", config.to_toml().encode())
-    return not ended and ("://" in run or occupied(run))
+    return goes_on
 
 
 def read_scale(run: str) -> str:

@@ -105,7 +105,8 @@ class Search:
         base = self.config({}, "memory://")
         epochs = int(max(self.space["epochs"].ends)) if "epochs" in self.space else base.epochs
         own = published(base, self.space)
-        first = [own] if own == self.nearest(own) else []
+        # What is unset has no one value where layers have their own.
+        first = [own] if None not in own.values() and own == self.nearest(own) else []
         space = {name: _drawn(domain) for name, domain in self.space.items()}
         scheduler: Any = None
         if self.algorithm == "pbt":

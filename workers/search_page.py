@@ -133,8 +133,10 @@ def _marks(domain: Domain) -> list[float]:
     shares = [n / (MARKS - 1) for n in range(MARKS)]
     if domain.log:
         ratio = domain.high / domain.low
-        return [domain.low * ratio**share for share in shares]
-    return [domain.low + (domain.high - domain.low) * share for share in shares]
+        marks = [domain.low * ratio**share for share in shares]
+    else:
+        marks = [domain.low + (domain.high - domain.low) * share for share in shares]
+    return sorted({round(mark) for mark in marks}) if domain.whole else marks
 
 
 def _table(lines: Sequence[dict[str, Any]], space: Space) -> str:

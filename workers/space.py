@@ -90,7 +90,7 @@ def published(config: Config, space: Space) -> dict[str, Any]:
     layers = config.build(1000).layers
     norm = next((n for layer in layers for n in layer.norms if not n.spatial), Norm())
     drop = next((layer.dropout for layer in layers if layer.dropout), 0.0)
-    unset = {"dropout": drop} | {
+    unset = {"dropout": drop, "crop": config.build(1000).crop} | {
         f"lrn_{k}": getattr(norm, k) for k in ("size", "k", "alpha", "beta")
     }
     found = {name: getattr(config, name) for name in space}

@@ -16,7 +16,7 @@ from datasets.layout import Dataset
 from datasets.plan import Itinerary
 from datasets.shards import open_dataset
 from datasets.statistics import Statistics
-from datasets.storage import passing
+from datasets.storage import StoreFailed, passing
 from pipeline import NotANumber
 from workers import cluster, placement
 from workers.actors import Actors
@@ -69,9 +69,14 @@ def train(
     folder = RunFolder(config, resume=None if deaths else resume)
     initial = _initial(config) if config.init and not folder.checkpoints() else None
     with connected(), folder.held(progress.say):
-        where = placement.place(config, progress.say, pool.runs if pool else 0)
-        if deaths:  # nobody was asked, so the weights are to have the bits that they would have had
-            where = replace(where, threads=_threads_before(folder) or where.threads)
+        # Nobody was asked, so the weights are to have the bits that they would have had.
+        before = _last_start(folder) if deaths else {}
+        alike = {
+            "device": before.get("device", config.device),
+            "towers": int(before["mesh"].rpartition("x")[2]) if before else config.towers,
+        }
+        where = placement.place(replace(config, **alike), progress.say, pool.runs if pool else 0)
+        where = replace(where, threads=before.get("threads") or where.threads)
         if not config.shards:
             dataset = drawn(folder.url, progress)
         if config.images:
@@ -183,7 +188,7 @@ class _Run:
         try:
             return placement.reserve(self.job.placement, self.fleet.name, self._check)
         except UserError as error:
-            if not self.made:
+            if not (self.made or self.deaths):
                 raise
             raise RunFailed(f"{error}; {self._kept()}: --resume goes on from there") from None
 
@@ -210,6 +215,8 @@ class _Run:
         cause: BaseException | None = error
         while isinstance(cause, ray.exceptions.RayTaskError):
             cause = cause.cause
+        if isinstance(cause, StoreFailed):
+            raise RunFailed(f"{cause}; {self._kept()}: --resume") from None
         if isinstance(cause, (DataError, UserError)):
             raise cause from None
         kind = type(cause).__name__
@@ -255,7 +262,7 @@ class _Run:
         self._get([opened])
         self.record.evaluations = list(found["evaluations"])
         threads = self.job.placement.threads
-        had = _threads_before(self.folder)
+        had = _last_start(self.folder).get("threads")
         if had not in (None, threads):
             self.progress.say(
                 f"towers have {threads} thread(s) each, and had {had} before: "
@@ -339,7 +346,6 @@ class _Run:
             self.folder.event("fleet", **{name: state[name] for name in ("augmenters", *PLACES)})
 
 
-def _threads_before(folder: RunFolder) -> int | None:
-    """Of each tower, when the run started last; None if it did not, or an older version did."""
-    starts = folder.events("start")
-    return starts[-1].get("threads") if starts else None
+def _last_start(folder: RunFolder) -> dict[str, Any]:
+    """The event of when the run started last; {} if it did not."""
+    return next(iter(folder.events("start")[-1:]), {})

@@ -239,6 +239,20 @@ def test_counted_claims_need_no_cluster(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["claims", "--only", "parameters", "--run", run]) == 0  # and keeps the others
     kept = json.loads((tmp_path / "claims/claims.json").read_text())["claims"]
     assert [line["claim"] for line in kept] == ["parameters", "layers", "neurons"]
+    # Of trained ones those that are of the claim's arms, and the figure.
+    line = dict.fromkeys(("says", "paper", "ours", "on", "verdict"), "-")
+    line |= {"measure": "top1_error", "value": 0.1, "low": 0.0, "high": 0.2, "at_least": False}
+    arms = {"relu": ("relu", "tanh"), "pooling": ("base", "pooling-2-2")}
+    kept += [
+        {**line, "claim": name, "arms": {arm: [0.1] for arm in both}} for name, both in arms.items()
+    ]
+    told = {"claims": kept, "curves": {"relu": [[9, [[1, 0.5], [9, 0.3]]]]}}
+    (tmp_path / "claims/claims.json").write_text(json.dumps(told))
+    assert main(["claims", "--only", "crops-2048", "--run", run]) == 0
+    kept = json.loads((tmp_path / "claims/claims.json").read_text())["claims"]
+    names = [line["claim"] for line in kept]
+    assert names == ["parameters", "layers", "neurons", "crops-2048", "relu"]
+    assert "figure 1" in (tmp_path / "claims/report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,10 @@ def test_what_no_shape_tells_is_said(trained: Path, tmp_path: Path) -> None:
     for source in (file, f"{trained}/run", step, alone):
         given = {"network": "alexnet-mini", "init": source, "run": f"{tmp_path}/run"}
         assert read_initial(configure(given)).otherwise(configure(given)) == ""
+        same = configure({**given, "crop": 64})  # as the table has it
+        assert read_initial(same).otherwise(same) == ""
+        config = configure({**given, "crop": 65})
+        assert read_initial(config).otherwise(config).endswith("crop 64; here crop 65")
         config = configure({**given, "activation": "tanh", "scale": 1.0})
         assert read_initial(config).otherwise(config) == (
             f"the weights at {source} come from activation relu, scale 0.015625; "

@@ -11,9 +11,11 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers.pbt import _explore
 
 from pipeline.recipes import RECIPES
-from workers.cli import main
+from workers.cli import main, parser
+from workers.commands.search import NOWHERE, _fixed
 from workers.config import configure
 from workers.search import Search, _again, _best, _drawn, _rounded
+from workers.search_page import _marks
 from workers.space import CHANGEABLE, Domain, published, read_space
 
 
@@ -26,6 +28,45 @@ def test_the_default_space_holds_the_recipes_own_settings(network: str) -> None:
     outside = [name for name, value in own.items() if space[name].nearest(value) != value]
     assert outside == []
     assert set(CHANGEABLE) & set(space)
+
+
+def test_a_space_of_what_the_recipe_leaves_to_the_network() -> None:
+    fixed = {"network": "cifar", "image": 36}
+    for space, first in (
+        ({"crop": Domain(low=28, high=36, whole=True)}, [{"crop": 32}]),
+        ({"crop": Domain(choices=(28, 32))}, [{"crop": 32}]),
+        ({"init_std": Domain(low=0.01, high=0.1)}, []),  # each layer has its own
+    ):
+        searcher = Search(fixed, space, algorithm="random").plan(1).searcher
+        assert searcher._points_to_evaluate == first
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ('schedule = "steps"\ndrops = [4.0, 4.75]\nepochs = 5', ["--epochs", "10"]),
+        ('schedule = "steps"\ndrops = [4.0, 4.75]', ["--schedule", "plateau"]),
+        ("lrn_alpha = 0.2", ["--no-lrn"]),
+        ('schedule = "plateau"\ndrops = [1.0]', []),
+        ('init = "weights.pt"', []),
+    ],
+)
+def test_a_search_takes_options_over_a_file_as_a_training_does(
+    text: str, options: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(f'network = "cifar"\n{text}\n')
+    args = parser().parse_args(["tune", "--config", f"{file}", *options])
+    asked = {n: getattr(args, n) for n in ("epochs", "schedule", "lrn") if hasattr(args, n)}
+    alone = configure({**asked, "run": NOWHERE}, f"{file}")
+    assert configure({**_fixed(args), "run": NOWHERE}) == alone
+
+
+def test_marks_of_whole_numbers_are_whole() -> None:
+    marks = _marks(Domain(low=256, high=4096, log=True, whole=True))
+    assert (marks[0], marks[-1]) == (256, 4096)
+    assert {type(mark) for mark in marks} == {int}
+    assert _marks(Domain(low=1, high=3, whole=True)) == [1, 2, 3]
 
 
 def test_what_is_fixed_is_left_out_of_the_default_space() -> None:

@@ -333,6 +333,7 @@ def test_a_fleet_that_was_asked_for_holds_until_another_is() -> None:
     folder.close()
     assert not write_scale(config.run, "8:9")
     assert configure({}, f"{config.run}/config.toml").augmenters == "8:9"
+    assert read_scale(config.run) == "8:9"  # and not what was asked for earlier
     folder = RunFolder(replace(config, augmenters="6:7"), resume=True)
     folder.create()
     folder.close()

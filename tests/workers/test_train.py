@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -394,8 +395,10 @@ def test_bad_images_are_skipped_and_counted(
 def test_a_loss_that_is_not_a_number_ends_the_run_at_its_batch(shards: str, tmp_path: Path) -> None:
     with pytest.raises(
         RunFailed, match=r"NotANumber: the loss is (nan|inf) at step \d+, e.*--rate R"
-    ):
-        run(tmp_path / "run", shards, rate=1e6, warmup=0, towers=1)
+    ) as told:
+        run(tmp_path / "run", shards, rate=1e6, warmup=0, towers=1, checkpoint_every=1)
+    step = int(re.findall(r"at step (\d+)", str(told.value))[0])
+    assert checkpoints(f"{tmp_path}/run")[-1] == step - 1  # which was being written
 
 
 def test_a_full_cluster_is_said_not_waited_for(
@@ -420,5 +423,18 @@ def test_a_full_cluster_is_said_not_waited_for(
         assert not (tmp_path / "run").exists()
         ray.util.remove_placement_group(other)
         assert run(tmp_path / "run", shards, steps=1)["steps"] == 1
+        # A supervisor that is started again makes the run what it was, or says that it goes on.
+        config = configure({"augmenters": "1:1"}, f"{tmp_path}/run/config.toml")
+        other = ray.util.placement_group([{"CPU": 3}])
+        ray.get(other.ready())
+        with monkeypatch.context() as soon:
+            soon.setattr("workers.placement.PATIENCE", 1.0)
+            with pytest.raises(RunFailed, match=r"no room for .*checkpoint is of step 1: --resume"):
+                train(config, resume=True, deaths=1)
+        with open(tmp_path / "run/events.jsonl", "a") as events:
+            start = {"event": "start", "time": 0, "step": 1, "mesh": "1x1x2", "device": "cuda"}
+            print(json.dumps(start), file=events)
+        with pytest.raises(UserError, match="2 towers need 2 GPUs"):
+            train(config, resume=True, deaths=1)
     finally:
         ray.util.remove_placement_group(other)

@@ -15,7 +15,7 @@ from pipeline.recipes import Recipe
 from workers.config import Config, UserError
 
 VARIANTS = (
-    *("activation", "lrn", "pooling", "dropout", "columns", "crossings"),
+    *("activation", "lrn", "pooling", "dropout", "columns", "crossings", "crop"),
     *("lrn_size", "lrn_k", "lrn_alpha", "lrn_beta"),
 )
 """Fields of a configuration that make another network."""

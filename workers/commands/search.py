@@ -129,11 +129,12 @@ def _tune(args: argparse.Namespace) -> int:
 
 def _fixed(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of every run, checked."""
-    file = getattr(args, "config", "")
-    fixed = {**(read(file) if file else {}), **given(args)}
-    fixed.pop("run", None)
-    config = configure({**fixed, "run": NOWHERE})
-    return {**fixed, "network": config.network, "shards": config.shards}
+    file, asked = getattr(args, "config", None), given(args)
+    said = read(file) if file else {}
+    config = configure({**asked, "run": NOWHERE}, file)
+    void = {n for n in said.keys() - asked if said[n] and getattr(config, n) in (None, ())}
+    names = {"network", "shards", *said, *asked} - void - {"run"}
+    return {name: getattr(config, name) for name in names}
 
 
 def _text(result: dict[str, Any]) -> str:

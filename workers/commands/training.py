@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
         _describe,
     )
     describe.add_argument("--classes", type=int, help="Classes; 1000, or 10 of the small networks.")
-    options(describe, "network", *MESH, "batch", *VARIANTS)
+    options(describe, "network", *MESH, "batch", "image", *VARIANTS)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -66,7 +66,7 @@ def _train(args: argparse.Namespace) -> int:
     config = configure(said, file, goes_on=resume)
 
     def work(deaths: int = 0, progressed: Callable[[], object] = lambda: None) -> int:
-        from workers.errors import ClusterLost
+        from workers.errors import ClusterLost, RunFailed
         from workers.progress import result_table
         from workers.supervisor import train
 
@@ -77,6 +77,10 @@ def _train(args: argparse.Namespace) -> int:
                 raise
             print(f"towers: {error}", file=sys.stderr)
             return AGAIN
+        except UserError as error:  # what was no mistake when the run began
+            if not deaths:
+                raise
+            raise RunFailed(f"{error}; --resume goes on") from None
         return show(args, result_table(result), result)
 
     return guarded(work, config.restarts) if args.guard else work()

@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     import_.add_argument(
         "--shards", metavar="SHARDS", help="Folder or URL of Parquet shards to train on."
     )
-    options(import_, "network", *VARIANTS)
+    options(import_, "network", "image", *VARIANTS)
 
 
 def _export(args: argparse.Namespace) -> int:
