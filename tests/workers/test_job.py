@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,31 @@ def test_a_cluster_of_another_version_is_told(
     way.cut()
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.search(said, done.stderr)
+    assert done.stderr.count("\n") == 1
+
+
+class Failing(BaseHTTPRequestHandler):
+    """A dashboard that tells its version, and no more."""
+
+    def do_GET(self) -> None:
+        found = {"ray_version": ray.__version__, "ray_commit": "", "version": "4"}
+        body = json.dumps(found | {"session_name": ""}).encode()
+        self.send_response(200 if self.path.endswith("version") else 500)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_cluster_that_fails_later_is_told(environment: dict[str, str], tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        done = towers(environment, tmp_path, "jobs", "--address", address)
+        server.shutdown()
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith(f"towers: {address}: the cluster failed: ")
     assert done.stderr.count("\n") == 1
 
 

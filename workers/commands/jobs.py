@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from workers.commands import command, show
@@ -57,17 +57,21 @@ def _address(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def _client(args: argparse.Namespace) -> Iterator[JobSubmissionClient]:
-    """A client of the cluster that the options name."""
-    from workers.jobs import connect
+    """A client of the cluster that the options name. Raises RunFailed once that stops answering."""
+    from workers.errors import RunFailed, first_line
+    from workers.jobs import DROPPED, connect
+    from workers.tunnel import tunnel
 
     logging.disable(logging.WARNING)  # what Ray tells of itself, by loggers that it sets itself
-    if file := getattr(args, "cluster", None):
-        from workers.tunnel import tunnel
-
-        with tunnel(file) as address:
-            yield connect(address)
-    else:
-        yield connect(args.address)
+    file = getattr(args, "cluster", None)
+    with tunnel(file) if file else nullcontext(args.address) as address:
+        client = connect(address)
+        try:
+            yield client
+        except (*DROPPED, RuntimeError) as error:
+            if isinstance(error, RunFailed) or type(error) in (OSError, BrokenPipeError):
+                raise  # the latter of our own output
+            raise RunFailed(f"{address}: the cluster failed: {first_line(error)}") from None
 
 
 def _submit(args: argparse.Namespace) -> int:
