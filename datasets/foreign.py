@@ -27,8 +27,6 @@ SPLITS = {
     "dev": "val",
     "test": "test",
     "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
 }
 """Names of splits as others call them, and as we do."""
 

@@ -15,7 +15,7 @@ from datasets.storage import opened
 
 PATHS = (
     *("path", "file", "filename", "file_name", "filepath", "filepaths", "image_path", "img_path"),
-    *("image", "img", "image_name", "image_id", "name"),
+    *("image", "img", "image_name", "name", "image_id", "id"),
 )
 CATEGORIES = (*LABELS, "category", "class_name", "label_name", "synset", "wnid")
 SUBSETS = ("split", "subset", "set")
@@ -88,7 +88,8 @@ def list_columns(names: Sequence[str]) -> dict[str, int]:
 
 
 def _names_columns(fields: Sequence[str]) -> bool:
-    return any(field.lower() in (*PATHS, *CATEGORIES, *SUBSETS) for field in fields)
+    known = [field.lower() in (*PATHS, *CATEGORIES, *SUBSETS) for field in fields]
+    return known[0] or sum(known) > 1  # one may be a label that is called so
 
 
 def read_labels(url: str, synsets: Sequence[str]) -> dict[str, tuple[str, str]] | list[str]:
@@ -157,13 +158,15 @@ def by_folder(names: Sequence[str]) -> list[tuple[str, str]]:
     odd = next((f[0] for f in folders if f and f[0] not in named), "")
     if parts and odd:
         raise DataError(
-            f"{odd}: a folder beside those of the splits ({', '.join(sorted(parts))}); move it away"
+            f"{odd}: a folder beside those of the splits ({', '.join(sorted(parts))}); move it "
+            "away, or call it like a split"
         )
     # Not of classes that are called so: below one of them there are others.
     if all(f and f[0] in named for f in folders) and any(len(f) > 1 for f in folders):
         splits = [named[f[0]] for f in folders]
         # As seg_train/seg_train, which unpacking an archive into a folder of its name leaves.
-        folders = _without_common([f[2:] if f[1:2] == f[:1] else f[1:] for f in folders])
+        cut = 2 if all(f[1:2] == f[:1] and len(f) > 2 for f in folders) else 1
+        folders = _without_common([f[cut:] for f in folders])
     for name, path in zip(names, folders, strict=True):
         if not path:
             raise DataError(

@@ -276,7 +276,8 @@ def _foreign(root: str, files: dict[str, list[str]], labelled: bool) -> Dataset:
                     f"{shard.path}: no column {name!r} as in {paths[0]}; it has {there}"
                 )
         check_columns(shard.path, schema, image, label if labelled else "")
-        if (names := class_names(schema, label)) and names != (classes := classes or names):
+        names = class_names(schema, label) if labelled else ()
+        if names and names != (classes := classes or names):
             raise DataError(
                 f"{shard.path}: {label!r} has other classes than in {paths[0]}; encode them alike"
             )

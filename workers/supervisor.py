@@ -50,6 +50,7 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     deaths: int = 0,
+    since: float = 0.0,
     progressed: Callable[[int], object] | None = None,
     pool: Pool | None = None,
 ) -> dict[str, Any]:
@@ -57,9 +58,10 @@ def train(
 
     Starts Ray on this machine unless a cluster is at hand. With a `pool`, whose augmenters it
     takes, it is one of several runs side by side. `deaths` is how many processes before
-    this one died at the same run; `progressed` is called with the step of each checkpoint. Raises
-    UserError or `DataError` for what the user can mend, RunFailed for a run that could not go on,
-    `ClusterLost` if that is because this process has no Ray any more.
+    this one died at the same run, `since` when the first began; `progressed` is called with the
+    step of each checkpoint. Raises UserError or `DataError` for what the user can mend, RunFailed
+    for a run that could not go on, `ClusterLost` if that is because this process has no Ray any
+    more.
     """
     progress = progress or Progress()
     if config.shards:
@@ -71,6 +73,8 @@ def train(
     with connected(), folder.held(progress.say):
         # Nobody was asked, so the weights are to have the bits that they would have had.
         before = _last_start(folder) if deaths else {}
+        if before.get("time", 0.0) < since:  # as another command had it
+            before = {}
         alike = {
             "device": before.get("device", config.device),
             "towers": int(before["mesh"].rpartition("x")[2]) if before else config.towers,

@@ -216,6 +216,13 @@ def test_folders_may_call_splits_otherwise(names: tuple[str, str], tmp_path: Pat
         prepare(str(source), tmp_path / "other", WHOLE)
 
 
+def test_a_class_may_be_called_like_its_split(tmp_path: Path) -> None:
+    names = [f"{split}/{label}/0.jpg" for split in ("train", "test") for label in ("train", "car")]
+    source = files(tmp_path / "x", *names)
+    manifest = prepare(str(source), tmp_path / "shards", WHOLE)
+    assert (manifest["rows"], manifest["classes"]) == ({"train": 2, "test": 2}, ["car", "train"])
+
+
 def test_classes_may_have_a_splits_name_in_theirs(tmp_path: Path) -> None:
     source = files(tmp_path / "x", "train_station/1/0.jpg", "test_tube/2/0.jpg")
     manifest = prepare(str(source), tmp_path / "shards", WHOLE)
@@ -224,7 +231,7 @@ def test_classes_may_have_a_splits_name_in_theirs(tmp_path: Path) -> None:
 
 def test_a_list_whose_columns_tell_no_path_is_refused(tmp_path: Path) -> None:
     files(tmp_path, "a.jpg")
-    (tmp_path / "x.csv").write_text("photo_of,label\na.jpg,cat\n")
+    (tmp_path / "x.csv").write_text("photo_of,label,split\na.jpg,cat,train\n")
     with pytest.raises(DataError, match=r"x.csv line 1: names columns, but not both path and la"):
         prepare(f"{tmp_path}/x.csv", tmp_path / "shards", WHOLE)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -65,13 +66,21 @@ def _train(args: argparse.Namespace) -> int:
         file = f"{locate(said['run'])}/config.toml"
     config = configure(said, file, goes_on=resume)
 
+    began = time.time()
+
     def work(deaths: int = 0, progressed: Callable[[], object] = lambda: None) -> int:
         from workers.errors import ClusterLost, RunFailed
         from workers.progress import result_table
         from workers.supervisor import train
 
         try:
-            result = train(config, resume=resume, deaths=deaths, progressed=lambda _: progressed())
+            result = train(
+                config,
+                resume=resume,
+                deaths=deaths,
+                since=began,
+                progressed=lambda _: progressed(),
+            )
         except ClusterLost as error:
             if not args.guard:
                 raise
