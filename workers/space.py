@@ -87,10 +87,11 @@ def _checked(setting: str, table: Any, fixed: dict[str, Any]) -> Domain:
 
 def published(config: Config, space: Space) -> dict[str, Any]:
     """The settings of a space as the configuration has them, where unset as its network does."""
-    layers = config.build(1000).layers
+    network = config.build(1000)
+    layers = network.layers
     norm = next((n for layer in layers for n in layer.norms if not n.spatial), Norm())
     drop = next((layer.dropout for layer in layers if layer.dropout), 0.0)
-    unset = {"dropout": drop, "crop": config.build(1000).crop} | {
+    unset = {"dropout": drop, "crop": network.crop} | {
         f"lrn_{k}": getattr(norm, k) for k in ("size", "k", "alpha", "beta")
     }
     found = {name: getattr(config, name) for name in space}
