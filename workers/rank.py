@@ -126,7 +126,11 @@ class Rank:
         fails ends this process: no other could be had here, and the run goes on with another one.
         """
         try:
-            yield from self._items(feed, start)
+            try:
+                yield from self._items(feed, start)
+            except (DataError, NotANumber):
+                yield from self._written()  # what it has learned ends with the run else
+                raise
         except torch.AcceleratorError as error:
             print(error, file=sys.stderr, flush=True)
             os._exit(1)
@@ -144,11 +148,7 @@ class Rank:
         for index in range(start, len(itinerary)):
             item = itinerary.item(index)
             before = clock()
-            try:
-                images = stream.next()
-            except DataError:
-                yield from self._written()  # what it has learned ends with the run else
-                raise
+            images = stream.next()
             if images is None:  # the run is to stop here
                 break
             if stream.skipped and self.rank % replica_size == 0:
@@ -166,7 +166,6 @@ class Rank:
                 try:
                     part = self.trainer.step(images, item.step)
                 except NotANumber as error:
-                    yield from self._written()
                     raise NotANumber(f"{error}, epoch {item.epoch}, batch {item.batch}") from None
                 self.progress["step"], trained = item.step, item.epoch
                 if trace.on and begun == PROFILED[-1]:
@@ -180,11 +179,7 @@ class Rank:
                     totals = Totals()
             else:
                 trace.on = False
-                try:
-                    part = self.trainer.evaluate(images)
-                except NotANumber:
-                    yield from self._written()
-                    raise
+                part = self.trainer.evaluate(images)
                 evaluated = part if item.batch == 0 else evaluated + part
                 if item.last:
                     line = {"step": item.step, "epoch": item.epoch, "images": evaluated.images}
