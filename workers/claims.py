@@ -102,6 +102,11 @@ class Claim:
         """Of the better and of the worse arm."""
         return self.measure, self.worse_measure or self.measure
 
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """What there are values of: its arms, or the measures of the one that is measured twice."""
+        return self.measures if self.better == self.worse else self.arms
+
 
 CLAIMS = {
     claim.name: claim

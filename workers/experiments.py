@@ -4,41 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from dataclasses import asdict, replace
 from typing import Any
 
 from datasets.shards import open_dataset
 from datasets.storage import storage, write_whole
-from pipeline.recipes import Recipe
-from workers.claims import ARMS, CLAIMS, Arm, Claim, Finding, judge
+from workers.claims import ARMS, CLAIMS, Claim, Finding
 from workers.claims_page import claims_page, markdown, told
 from workers.cluster import connected
-from workers.config import Config, UserError, configure
+from workers.config import UserError, configure
 from workers.counts import COUNTS, Count
-from workers.evaluate import evaluate
-from workers.history import History, read_history
+from workers.history import History
+from workers.lab import Lab, Scale
 from workers.output import alone, writing
 from workers.progress import Progress
-from workers.run import CONFIG, is_run
-from workers.trials import prepare_data, run_all
 
 SETTINGS, RESULT, TABLE, REPORT = "settings.json", "claims.json", "claims.md", "report.html"
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What the arms are trained on and how long: `scale` times their epochs on `images` training
-    images, all if None, of `data`, the drawn data set if "".
-    """
-
-    data: str = ""
-    scale: float = 1.0
-    images: int | None = None
-    precision: str = "float32"
 
 
 def claims(
@@ -78,7 +61,7 @@ def claims(
     with alone(folder, SETTINGS):
         if trained:
             with connected():
-                lab = _Lab(folder, scale, seeds, parallel, progress)
+                lab = Lab(folder, scale, seeds, parallel, progress)
                 runs = lab.train([ARMS[arm] for claim in trained for arm in claim.arms])
                 lines += [
                     _trained_line(
@@ -127,181 +110,13 @@ def _before(folder: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     with writing(folder), suppress(FileNotFoundError, ValueError, TypeError, KeyError):
         result = json.loads(fs.cat_file(f"{path}/{RESULT}"))
         lines = {line["claim"]: line for line in result["claims"]}
-        kept = {n: line for n, line in lines.items() if n not in CLAIMS or _same(CLAIMS[n], line)}
+        kept = {
+            name: line
+            for name, line in lines.items()
+            if name not in CLAIMS or line["arms"].keys() == set(CLAIMS[name].compared)
+        }
         return kept, result.get("curves", {})
     return {}, {}
-
-
-def _same(claim: Claim, line: dict[str, Any]) -> bool:
-    told = claim.measures if claim.better == claim.worse else (claim.better, claim.worse)
-    return set(told) <= line["arms"].keys()
-
-
-class _Lab:
-    """Trains arms and measures them."""
-
-    def __init__(
-        self, folder: str, scale: Scale, seeds: int, parallel: int | None, progress: Progress
-    ) -> None:
-        self.folder, self.scale, self.seeds = folder, scale, seeds
-        self.parallel, self.progress = parallel, progress
-        self.shards = scale.data
-        self.failures: dict[str, str] = {}
-        self.evaluated: dict[tuple[str, ...], Any] = {}
-
-    def train(self, arms: Iterable[Arm]) -> dict[str, list[History]]:
-        """The runs of each arm, those of each seed that came to their end."""
-        arms = list({arm.name: arm for arm in arms}.values())
-        configs = [self._config(arm, 0, "") for arm in arms]
-        self.shards = prepare_data(configs, self.folder, self.progress)
-        self._run(
-            [(arm, 0, rate) for arm in arms for rate in arm.rates]
-            + [(arm, seed, None) for arm in arms if not arm.rates for seed in range(self.seeds)]
-        )
-        best = {arm.name: self._best_rate(arm) for arm in arms}
-        several = [(a, s, best[a.name]) for a in arms if a.rates for s in range(self.seeds)]
-        self._run(several)
-        found = {}
-        for arm in arms:
-            told = [self._history(arm, seed, best[arm.name]) for seed in range(self.seeds)]
-            found[arm.name] = [one for one in told if one.done]
-        return found
-
-    def _config(self, arm: Arm, seed: int, run: str, rate: float | None = None) -> Config:
-        settings = {**arm.settings, **({"rate": rate} if rate else {})}
-        if self.scale.images:
-            settings["images"] = self.scale.images
-        epochs = max(1, round(arm.epochs * self.scale.scale))
-        more = {"epochs": epochs, "seed": seed, "precision": self.scale.precision}
-        return configure({**settings, **more, "shards": self.shards, "run": run or "memory://"})
-
-    def _place(self, arm: Arm, seed: int, rate: float | None) -> str:
-        rated = f"-rate{rate:g}" if rate else ""
-        return f"{self.folder}/runs/{arm.name}{rated}-seed{seed}"
-
-    def _run(self, wanted: Iterable[tuple[Arm, int, float | None]]) -> None:
-        """Runs what is not done yet."""
-        configs, ending = {}, set()
-        for arm, seed, rate in wanted:
-            run = self._place(arm, seed, rate)
-            config = self._config(arm, seed, run, rate)
-            if is_run(run):
-                _check(run, config)
-            if not read_history(run, goal=arm.to_goal).done:
-                configs[run] = config
-                if arm.to_goal:
-                    ending.add(run)
-        if not configs:
-            return
-        self.progress.say(f"to run: {len(configs)}")
-        # Tune's own notes of each attempt apart; the runs themselves know what is done.
-        failures = run_all(
-            configs,
-            self.folder,
-            self.progress,
-            name=f"tune/{time.strftime('%Y%m%d-%H%M%S')}",
-            parallel=self.parallel,
-            stop=partial(_at_goal, frozenset(ending)),
-        )
-        for run, why in failures.items():
-            self.progress.say(f"{run} failed: {why}")
-        self.failures |= failures
-
-    def _history(self, arm: Arm, seed: int, rate: float | None) -> History:
-        return read_history(self._place(arm, seed, rate), goal=arm.to_goal)
-
-    def _best_rate(self, arm: Arm) -> float | None:
-        """The rate that came to the goal first, or nearest to it; of an arm that trains to its end
-        the one with the lowest error.
-        """
-        if not arm.rates:
-            return None
-
-        def order(rate: float) -> tuple[float, float]:
-            told = self._history(arm, 0, rate)
-            if not (told.done and told.curve):
-                return math.inf, math.inf
-            if not arm.to_goal:
-                return told.top1_error, 0.0
-            return told.reached or math.inf, told.curve[-1][1]
-
-        return min(arm.rates, key=order)
-
-    def measured(
-        self, claim: Claim, runs: dict[str, list[History]]
-    ) -> tuple[Finding, dict[str, Any]]:
-        """The finding of a claim, and what was measured of each arm, a value a seed."""
-
-        def of(arm: str, measure: str) -> dict[str, float]:
-            """By seed, of the runs that are long enough for the measure."""
-            found = {one.seed: self.value(one, measure, claim, runs) for one in runs[arm]}
-            return {seed: value for seed, value in found.items() if math.isfinite(value)}
-
-        first, second = map(of, (claim.better, claim.worse), claim.measures)
-        both = [seed for seed in first if seed in second]
-        better, worse = [first[seed] for seed in both], [second[seed] for seed in both]
-        if claim.measure == "averaged":
-            better = better[:1]
-        if claim.better == claim.worse:
-            values = dict(zip(claim.measures, (better, worse), strict=True))
-        else:
-            arms = {arm: of(arm, claim.measure) for arm in claim.beside}
-            arms = {claim.better: first, claim.worse: second, **arms}
-            values = {arm: list(found.values()) for arm, found in arms.items()}
-        reached = {
-            arm: claim.measure != "iterations" or all(one.reached for one in runs[arm])
-            for arm in claim.arms
-        }
-        finding = judge(
-            claim,
-            better,
-            worse,
-            better_reached=reached[claim.better],
-            worse_reached=reached[claim.worse],
-        )
-        return finding, values
-
-    def value(
-        self, one: History, measure: str, claim: Claim, runs: dict[str, list[History]]
-    ) -> float:
-        """A measure of a run."""
-        if measure == "iterations":
-            return float(one.reached or one.curve[-1][0])
-        if measure == "gap":
-            arms = [run.run for arm in claim.arms for run in runs[arm]]
-            return one.top1_error - self._errors(arms, split="train")[one.run]
-        if measure in ("one_crop", "ten_crops", "averaged"):
-            same = [run.run for run in runs[claim.better]]
-            errors = self._errors(same, crops=10 if measure == "ten_crops" else 1)
-            return errors["averaged" if measure == "averaged" else one.run]
-        return getattr(one, measure)
-
-    def _errors(self, runs: Sequence[str], **options: Any) -> dict[str, float]:
-        """The top-1 errors of runs as `towers evaluate` finds them, and of their average."""
-        key = (*runs, json.dumps(options))
-        if key not in self.evaluated:
-            found = evaluate(runs, progress=self.progress, **options)
-            errors = {line["run"]: line["top1_error"] for line in found["runs"]}
-            self.evaluated[key] = {**errors, "averaged": found["top1_error"]}
-        errors = self.evaluated[key]
-        return errors
-
-
-def _check(run: str, config: Config) -> None:
-    """Raises UserError if what was trained in a run is not what its arm is now."""
-    kept = configure({}, f"{run}/{CONFIG}")
-    for name in ("seed", "images", *(field.name for field in fields(Recipe))):
-        old, new = getattr(kept, name), getattr(config, name)
-        if old != new:
-            raise UserError(
-                f"{run} was trained with {name} {old!r}, and the claim has {new!r} now: "
-                "remove it, or name another folder"
-            )
-
-
-def _at_goal(runs: frozenset[str], report: dict[str, Any]) -> bool:
-    run = report.get("run")
-    return run in runs and read_history(str(run), goal=True).reached is not None
 
 
 def _counted_line(count: Count) -> dict[str, Any]:

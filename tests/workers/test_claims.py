@@ -16,8 +16,9 @@ from workers.claims_page import claims_page, told
 from workers.cli import main
 from workers.config import configure
 from workers.counts import COUNTS
-from workers.experiments import Scale, _Lab, _on, _trained_line
+from workers.experiments import _on, _trained_line
 from workers.history import History, read_history
+from workers.lab import Lab, Scale
 from workers.progress import Progress
 
 POOLING, RELU = CLAIMS["pooling"], CLAIMS["relu"]
@@ -133,7 +134,7 @@ def test_the_rate_is_taken_that_came_to_the_goal_first_or_else_nearest(tmp_path:
             lines = [(10.0 * n, 10 * n, 3.0, error) for n, error in enumerate(each, 1)]
             end = END | {"top1_error": 0.5 - n / 10}
             write_run(tmp_path / f"runs/{arm}-rate{rate:g}-seed0", lines, end)
-        found = _Lab(f"{tmp_path}", Scale(), 3, None, Progress())._best_rate(ARMS[arm])
+        found = Lab(f"{tmp_path}", Scale(), 3, None, Progress()).best_rate(ARMS[arm])
         assert found
         return rates.index(found)
 
@@ -144,16 +145,16 @@ def test_the_rate_is_taken_that_came_to_the_goal_first_or_else_nearest(tmp_path:
 
 
 def test_both_poolings_leave_as_many_positions_as_the_papers_do() -> None:
-    lab = _Lab("memory://pooling", Scale(), 1, None, Progress())
-    ours = [lab._config(ARMS[arm], 0, "").build(10) for arm in POOLING.arms]
+    lab = Lab("memory://pooling", Scale(), 1, None, Progress())
+    ours = [lab.config(ARMS[arm], 0, "").build(10) for arm in POOLING.arms]
     papers = [build("alexnet", 10, pooling=pooling) for pooling in ("3/2", "2/2")]
     for overlapping, apart in (ours, papers):
         assert overlapping.shapes == apart.shapes
 
 
 def test_longer_arms_drop_their_rate_later() -> None:
-    lab = _Lab("memory://longer", Scale(scale=3), 1, None, Progress())
-    config = lab._config(ARMS["lrn"], 0, "", 0.003)
+    lab = Lab("memory://longer", Scale(scale=3), 1, None, Progress())
+    config = lab.config(ARMS["lrn"], 0, "", 0.003)
     assert (config.epochs, config.drops) == (30, (24.0, 28.5))
 
 
@@ -164,8 +165,8 @@ def test_errors_are_measured_by_what_the_claim_compares(
         error = 0.05 if split == "train" else 0.2 if crops == 10 else 0.3
         return {"runs": [{"run": run, "top1_error": error} for run in runs], "top1_error": 0.1}
 
-    monkeypatch.setattr("workers.experiments.evaluate", evaluate)
-    lab = _Lab(f"{tmp_path}", Scale(), 2, None, Progress())
+    monkeypatch.setattr("workers.lab.evaluate", evaluate)
+    lab = Lab(f"{tmp_path}", Scale(), 2, None, Progress())
     runs = {
         arm: [
             History(f"runs/{arm}-seed{seed}", True, [(9, 0.5)], 9, None, math.nan, error)
@@ -184,7 +185,7 @@ def test_errors_are_measured_by_what_the_claim_compares(
 
 
 def test_runs_are_compared_by_their_seeds(tmp_path: Path) -> None:
-    lab = _Lab(f"{tmp_path}", Scale(), 3, None, Progress())
+    lab = Lab(f"{tmp_path}", Scale(), 3, None, Progress())
 
     def told(arm: str, errors: dict[int, float]) -> list[History]:
         runs = {seed: f"{tmp_path}/runs/{arm}-seed{seed}" for seed in errors}

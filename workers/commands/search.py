@@ -161,7 +161,8 @@ def _text(result: dict[str, Any]) -> str:
 
 
 def _claims(args: argparse.Namespace) -> int:
-    from workers.experiments import Scale, claims
+    from workers.experiments import claims
+    from workers.lab import Scale
     from workers.progress import table
 
     given = vars(args)
