@@ -106,13 +106,19 @@ def submit(client: JobSubmissionClient, folder: str, command: str) -> str:
 def package_size(folder: str) -> int:
     """Bytes of the package that `submit` sends, as Ray packs it.
 
-    Raises UserError if they are more than Ray takes.
+    Raises UserError if they are more than Ray takes, or a file cannot be read.
     """
     from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, create_package
 
     with tempfile.TemporaryDirectory() as made:
         file = Path(made) / "package.zip"
-        create_package(folder, file, include_gitignore=True, excludes=EXCLUDES)
+        try:
+            create_package(folder, file, include_gitignore=True, excludes=EXCLUDES)
+        except OSError as error:
+            raise UserError(
+                f"{os.path.abspath(folder)} cannot be packed: {first_line(error)}; name what no "
+                "job needs in .gitignore"
+            ) from None
         size = file.stat().st_size
     if size >= GCS_STORAGE_MAX_SIZE:
         raise UserError(

@@ -364,6 +364,9 @@ def test_a_package_that_ray_does_not_take_is_told(
     monkeypatch.setattr("ray._private.runtime_env.packaging.GCS_STORAGE_MAX_SIZE", 1 << 20)
     with pytest.raises(UserError, match="makes a package of 2 MiB, and Ray takes less than 1: "):
         package_size(f"{tmp_path}")
+    (tmp_path / "unreadable").symlink_to("/proc/self/mem")  # for root too
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be packed: .*Input/output error"):
+        package_size(f"{tmp_path}")
 
 
 def test_a_cluster_that_is_not_there_is_told(environment: dict[str, str], tmp_path: Path) -> None:
