@@ -96,7 +96,6 @@ def test_nodes_have_the_versions_that_the_project_is_tested_with(name: str) -> N
     assert interpreters == [python()]
     install = next(command for command in setup if "-e ~/towers" in command)
     assert "-c ~/towers/constraints.txt" in install  # which pins ray
-    assert pinned("ray")
 
 
 @pytest.mark.parametrize("name", LAUNCHED)

@@ -38,8 +38,11 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
     try:
         _check_empty(args)
         result: int = args.run_command(args)
-        with suppress(OSError):  # whoever read our output has seen enough, or is gone
+        try:
             sys.stdout.flush()
+        except OSError as error:  # whoever read our output has seen enough, or is gone
+            if error.errno in FULL:
+                raise
         _closed()
         return result
     except (UserError, DataError) as error:
@@ -58,6 +61,13 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
 
         if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO) and _closed():
             return 1
+        if isinstance(error, OSError) and error.errno in FULL:
+            print(f"towers: cannot write: {error}", file=sys.stderr)
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _drop(sys.stdout.fileno())
+            return 1
         if refused(error):
             print(f"towers: {said(error)}: check your rights there", file=sys.stderr)
             return 2
@@ -69,6 +79,8 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
         print(f"towers: interrupted{args.again and f'; {args.again}'}", file=sys.stderr)
         return 1
 
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 EMPTY = ("again", "arguments", "address", "cuts", "freeze", "init")
 """Arguments that may be empty: a job's own, and what is to be off though a file sets it."""
@@ -91,9 +103,14 @@ def _closed() -> bool:
             pipe.register(stream.fileno(), 0)
         for number, event in pipe.poll(0):
             if event & select.POLLERR:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+                _drop(number)
                 closed = True
     return closed
+
+
+def _drop(stream: int) -> None:
+    """Has what is written to an open file go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -18,6 +18,8 @@ from pipeline.mesh import Mesh
 from pipeline.network import cut
 from pipeline.recipes import RECIPES, Recipe, setting
 
+NOWHERE = "memory://"  # the run of what makes none
+
 
 class UserError(ValueError):
     """A mistake that the user can mend; its one line says what, where and how. Exit code 2."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from datasets.augmentation import Batch
 from datasets.layout import Dataset
 from datasets.shards import open_dataset
+from datasets.storage import said
 from pipeline.evaluation import Verdicts, average, judge
 from workers.cluster import connected
 from workers.config import UserError
@@ -30,6 +31,7 @@ from workers.data import (
     training_data,
 )
 from workers.evaluation_file import write_evaluation
+from workers.output import unwritable
 from workers.progress import Progress
 from workers.spread import only_here
 from workers.sweep import OnError, Swept, Work, checked_views, pick_split, sweep, usable_gpus
@@ -120,8 +122,10 @@ def complete(network: Trained, dataset: Dataset, progress: Progress) -> Trained:
         statistics = measured(trained_on, network.config, one, progress)
     try:
         keep(network.run, classes, statistics)
-    except OSError as error:
-        progress.say(f"{network.run} cannot keep what was found of its data: {error}")
+    except Exception as error:
+        if not unwritable(error):
+            raise
+        progress.say(f"{network.run} cannot keep what was found of its data: {said(error)}")
     return replace(network, classes=classes, statistics=statistics)
 
 

@@ -16,8 +16,9 @@ from datasets import DataError
 from datasets.augmentation import evaluation_views
 from datasets.images import decode, encode, fit
 from datasets.rows import Rows
-from datasets.storage import storage, write_whole
+from datasets.storage import said, storage, write_whole
 from pipeline.evaluation import Verdicts, best
+from workers.output import unwritable
 from workers.progress import Progress
 from workers.sweep import Work
 from workers.trained import Trained
@@ -65,8 +66,10 @@ def write_evaluation(
         fs, path = storage(network.run)
         try:
             write_whole(fs, f"{path}/{EVALUATION}", (json.dumps(kept) + "\n").encode())
-        except OSError as error:
-            progress.say(f"{network.run}: the evaluation cannot be kept there: {error}")
+        except Exception as error:
+            if not unwritable(error):
+                raise
+            progress.say(f"{network.run}: the evaluation cannot be kept there: {said(error)}")
     return result
 
 

@@ -107,7 +107,7 @@ def _before(folder: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     the curves that were drawn, by arm.
     """
     fs, path = storage(folder)
-    with writing(folder), suppress(FileNotFoundError, ValueError, TypeError, KeyError):
+    with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
         result = json.loads(fs.cat_file(f"{path}/{RESULT}"))
         lines = {line["claim"]: line for line in result["claims"]}
         kept = {

@@ -110,7 +110,8 @@ def _wait(child: int) -> int:
 
     def pass_on(number: int, _: Any) -> None:
         _told.append(number)
-        os.kill(child, number)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(child, number)
 
     before = {number: signal.signal(number, pass_on) for number in _passed_on()}
     try:

@@ -30,6 +30,10 @@ PATIENCE = 300.0  # seconds without a cluster before a log is given up
 DROPPED = (OSError, requests.RequestException, aiohttp.ClientError)  # of a connection
 
 
+class Unwritten(Exception):
+    """Our own output cannot be written, by the OSError that it is made of."""
+
+
 def connect(address: str) -> JobSubmissionClient:
     """A client of the cluster whose dashboard is at `address`.
 
@@ -71,9 +75,12 @@ def check_python(client: JobSubmissionClient) -> str:
     """What to tell the user of the cluster's Python, if it is another one than here. The job runs
     with the cluster's, whatever it was sent with.
 
-    Raises UserError if it is none that Towers runs with.
+    Raises UserError if it is none that Towers runs with, RuntimeError if the cluster says nothing.
     """
-    found = client._do_request("GET", "/api/v0/cluster_metadata").json()["data"]["pythonVersion"]
+    answer = client._do_request("GET", "/api/v0/cluster_metadata").json()
+    found = answer.get("data", {}).get("pythonVersion")
+    if not found:
+        raise RuntimeError(f"it does not say which Python it has: {answer.get('msg')}")
     needed = metadata("towers")["Requires-Python"]
     if not SpecifierSet(needed).contains(found):
         raise UserError(
@@ -132,7 +139,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
     """Writes the job's log as it comes; returns its exit code once it has ended.
 
     A connection that drops is made again, and the log goes on where it was. Raises RunFailed if
-    the cluster stays away for five minutes.
+    the cluster stays away for five minutes, Unwritten if nobody takes what is written.
     """
     written = 0
     lost: float | None = None  # since when nobody answers
@@ -140,8 +147,11 @@ def follow(client: JobSubmissionClient, job: str) -> int:
     def write(text: str, start: int) -> None:
         """What is new of a text that begins at this character of the log."""
         nonlocal written
-        sys.stdout.write(text[max(0, written - start) :])
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(text[max(0, written - start) :])
+            sys.stdout.flush()
+        except OSError as error:
+            raise Unwritten(error) from None
         written = max(written, start + len(text))
 
     async def tail() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.recipes import Recipe
 from workers.claims import Arm, Claim, Finding, judge
-from workers.config import Config, UserError, configure
+from workers.config import NOWHERE, Config, UserError, configure
 from workers.evaluate import evaluate
 from workers.history import History, read_history
 from workers.progress import Progress
@@ -68,7 +68,7 @@ class Lab:
             settings["images"] = self.scale.images
         epochs = max(1, round(arm.epochs * self.scale.scale))
         more = {"epochs": epochs, "seed": seed, "precision": self.scale.precision}
-        return configure({**settings, **more, "shards": self.shards, "run": run or "memory://"})
+        return configure({**settings, **more, "shards": self.shards, "run": run or NOWHERE})
 
     def _place(self, arm: Arm, seed: int, rate: float | None) -> str:
         rated = f"-rate{rate:g}" if rate else ""

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from datasets.storage import storage, whole, write_whole
+from datasets.storage import passing, refused, storage, whole, write_whole
 from workers.config import UserError
 
 
@@ -134,6 +134,11 @@ def alone(folder: str, name: str) -> Iterator[None]:
         raise UserError(f"{folder}: another process works there") from None
     with file:
         yield
+
+
+def unwritable(error: BaseException) -> bool:
+    """Whether a disk or a store does not take what is written, or not now."""
+    return isinstance(error, OSError) or passing(error) or refused(error)
 
 
 @contextmanager

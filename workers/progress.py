@@ -29,11 +29,11 @@ class Progress:
         """A line that stays."""
         self._print(f"{CLEAR if self.live else ''}{text}\n")
 
-    def start(self, job: Any, step: int) -> None:
-        """The run begins, or goes on after `step`."""
+    def start(self, job: Any, augmenters: tuple[int, int], step: int) -> None:
+        """The run begins, or goes on after `step`, with so many `augmenters`, least and most."""
         where, itinerary = job.placement, job.itinerary
         self.total = itinerary.total_steps
-        low, high = job.config.fleet
+        low, high = augmenters
         self.say(
             f"{job.folder or job.config.network}: {where.mesh.size} tower actor(s) on "
             f"{where.device} ({where.mesh} = replicas x stages x towers, {where.threads} "

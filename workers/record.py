@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from datasets.storage import passing, said
+from datasets.storage import said
 from pipeline.tracing import Span
 from workers.gauges import Gauges
+from workers.output import unwritable
 from workers.progress import Progress
 from workers.run import RunFolder
 
@@ -79,7 +80,7 @@ class Record:
         try:
             work()
         except Exception as error:
-            if not (passing(error) or isinstance(error, OSError)):
+            if not unwritable(error):
                 raise
             self.progress.say(f"{self.folder.url}: {said(error)}; later again")
 

@@ -159,8 +159,9 @@ def _views(line: dict[str, Any]) -> str:
 
 
 def _row(name: str, what: str, line: dict[str, Any]) -> str:
+    images = line.get("images", 0)
     return (
-        f"<tr><td>{html.escape(name)}<td class=soft>{what}<td class=n>{line['images']:,}"
+        f"<tr><td>{html.escape(name)}<td class=soft>{what}<td class=n>{images:,}"
         f"<td class=n>{line['loss']:.4f}<td class=n>{line['top1_error']:.2%}"
         f"<td class=n>{line['top5_error']:.2%}"
     )
@@ -171,7 +172,11 @@ def _charts(told: Sequence[Told]) -> str:
     axis = Axis(
         max((one.seconds(line) for one in told for line in one.metrics), default=0.0),
         [
-            (n, one.seconds(event), html.escape(f"restart: {', '.join(event['processes'])} died"))
+            (
+                n,
+                one.seconds(event),
+                html.escape(f"restart: {', '.join(event.get('processes', []))} died"),
+            )
             for n, one in enumerate(told)
             for event in one.of("lost")
         ],

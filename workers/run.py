@@ -19,7 +19,7 @@ from datasets import DataError
 from datasets.storage import matching, passing, persistent, remove, said, storage, write_whole
 from pipeline.mesh import Mesh
 from pipeline.tracing import Span, chrome
-from workers.config import Config, UserError, configure, read
+from workers.config import Config, UserError
 from workers.errors import RunFailed
 from workers.output import check_folder, claimed, writing
 from workers.timeline import picture
@@ -47,7 +47,6 @@ class RunFolder:
         self.config, self.url = config, config.run
         self.fs, self.path = storage(self.url)
         self.remote = "://" in self.url
-        self.asked = bool(resume)
         self.new = not self.fs.exists(f"{self.path}/{CONFIG}")
         if self.new and not self.remote:
             check_folder(self.path)
@@ -74,16 +73,10 @@ class RunFolder:
                 self._claim_it()
             for name in (METRICS, EVENTS):
                 _end_line(f"{self.local}/{name}")
-            # What was asked of the run holds on, unless whoever resumes it says otherwise.
-            if self.asked:
-                before = read(f"{self.url}/{CONFIG}").get("augmenters")
-                if before != self.config.augmenters:
-                    with suppress(FileNotFoundError):
-                        self.fs.rm_file(f"{self.path}/{SCALE}")
             self._configure()
         except BaseException as error:
             self._clear()
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and not passing(error):
                 raise UserError(f"{self.url} cannot be written: {error}") from None
             raise
         from tensorboard.summary import Writer
@@ -173,10 +166,13 @@ class RunFolder:
             if wanted and wanted != self.config.augmenters:
                 _ = replace(self.config, augmenters=wanted)
             return wanted
-        except Exception as error:
-            if not (passing(error) or isinstance(error, ValueError)):
-                raise
+        except Exception:  # whatever it is, the run has no need of it
             return ""
+
+    def forget_scale(self) -> None:
+        """Drops what `towers scale` asked for: whoever resumes the run says otherwise."""
+        with suppress(FileNotFoundError), writing(self.url):
+            self.fs.rm_file(f"{self.path}/{SCALE}")
 
     def publish(self) -> None:
         """Copies what was written so far to the run's URL, if it has one."""
@@ -216,6 +212,7 @@ class RunFolder:
         """Lets go of the folder, and removes this machine's copy of a run at a URL."""
         if self._claim:
             self._claim.close()
+            self._claim = None
         if self.remote and self.local:
             shutil.rmtree(self.local, ignore_errors=True)
 
@@ -298,22 +295,19 @@ def checkpoint_url(run: str, step: int) -> str:
 
 
 def write_scale(run: str, augmenters: str) -> bool:
-    """Asks a run for a fleet of another size; whether it goes on, as far as can be told. Otherwise
-    whoever resumes it has that size.
+    """Asks a run for a fleet of another size, which it has from then on; whether it goes on, as far
+    as can be told.
 
     Raises UserError if there is none to be asked.
     """
     if not is_run(run):
         raise UserError(f"{run}: no run there")
-    last = [event["event"] for event in read_lines(run, EVENTS)][-1:]
     fs, path = storage(run)
-    goes_on = last != ["end"] and ("://" in run or occupied(run))
     with writing(run):
         write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
-        if not goes_on:  # or whoever resumes it with this size would have asked for nothing new
-            config = configure({"augmenters": augmenters}, f"{run}/{CONFIG}", goes_on=True)
-            write_whole(fs, f"{path}/{CONFIG}", config.to_toml().encode())
-    return goes_on
+    if "://" not in run:
+        return occupied(run)
+    return [event["event"] for event in read_lines(run, EVENTS)][-1:] != ["end"]
 
 
 def read_scale(run: str) -> str:

@@ -17,7 +17,7 @@ from ray.tune.search.optuna import OptunaSearch
 from datasets.shards import open_dataset
 from datasets.storage import storage, write_whole
 from workers.cluster import connected
-from workers.config import Config, UserError, configure
+from workers.config import NOWHERE, Config, UserError, configure
 from workers.confirm import confirm
 from workers.errors import RunFailed
 from workers.output import alone, writing
@@ -94,7 +94,7 @@ class Search:
 
     def done(self, settings: dict[str, Any], report: dict[str, Any]) -> bool:
         """Whether a trial with these settings has nothing left to train."""
-        base = self.config({}, "memory://")
+        base = self.config({}, NOWHERE)
         epochs, steps = (settings.get(name, getattr(base, name)) for name in ("epochs", "steps"))
         return report["epoch"] >= epochs or (steps is not None and report["step"] >= steps)
 
@@ -102,7 +102,7 @@ class Search:
         """The trials of it: the first has the recipe's own settings, if the space has them. Those
         of pbt run all at once: who is not there cannot be compared with or take weights over.
         """
-        base = self.config({}, "memory://")
+        base = self.config({}, NOWHERE)
         epochs = int(max(self.space["epochs"].ends)) if "epochs" in self.space else base.epochs
         own = published(base, self.space)
         # What is unset has no one value where layers have their own.
@@ -150,11 +150,11 @@ def search(folder: str, wanted: Search | None, progress: Progress | None = None)
             raise UserError(f"{folder} already holds a search: --resume it, or name another")
         if todo.fixed.get("shards"):
             open_dataset(todo.fixed["shards"])  # before anything is made or started
+    config = todo.config({}, folder)
+    if wanted:
+        _keep(folder, wanted)
     with connected():
-        config = todo.config({}, folder)
         parallel = todo.parallel or slots()
-        if wanted:
-            _keep(folder, wanted)
         with alone(folder, SEARCH):
             shards = prepare_data([config], folder, progress)
             shared = replace(todo, fixed={**todo.fixed, "shards": shards})

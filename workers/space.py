@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.network import Norm
 from pipeline.recipes import Recipe
-from workers.config import Config, UserError, configure, fits, read_toml
+from workers.config import NOWHERE, Config, UserError, configure, fits, read_toml
 
 DEFAULT = Path(__file__).with_name("space.toml")
 
@@ -81,7 +81,7 @@ def _checked(setting: str, table: Any, fixed: dict[str, Any]) -> Domain:
     for value in domain.ends:
         if not fits(list(value) if isinstance(value, tuple) else value, known[setting]):
             raise UserError(f"{setting} has {value!r}: a value of type {known[setting]} is wanted")
-        configure({**fixed, setting: value, "run": "memory://"})
+        configure({**fixed, setting: value, "run": NOWHERE})
     return domain
 
 

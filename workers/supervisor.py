@@ -51,6 +51,7 @@ def train(
     progress: Progress | None = None,
     deaths: int = 0,
     since: float = 0.0,
+    sized: bool = False,
     progressed: Callable[[int], object] | None = None,
     pool: Pool | None = None,
 ) -> dict[str, Any]:
@@ -59,9 +60,10 @@ def train(
     Starts Ray on this machine unless a cluster is at hand. With a `pool`, whose augmenters it
     takes, it is one of several runs side by side. `deaths` is how many processes before
     this one died at the same run, `since` when the first began; `progressed` is called with the
-    step of each checkpoint. Raises UserError or `DataError` for what the user can mend, RunFailed
-    for a run that could not go on, `ClusterLost` if that is because this process has no Ray any
-    more.
+    step of each checkpoint. A run that goes on has the fleet that `towers scale` asked for last,
+    with `sized` the one of its configuration. Raises UserError or `DataError` for what the user can
+    mend, RunFailed for a run that could not go on, `ClusterLost` if that is because this process
+    has no Ray any more.
     """
     progress = progress or Progress()
     if config.shards:
@@ -71,6 +73,10 @@ def train(
     folder = RunFolder(config, resume=None if deaths else resume)
     initial = _initial(config) if config.init and not folder.checkpoints() else None
     with connected(), folder.held(progress.say):
+        if sized and not deaths:
+            folder.forget_scale()
+        elif not folder.new and (wanted := folder.wanted_augmenters()):
+            config = folder.config = replace(config, augmenters=wanted)
         # Nobody was asked, so the weights are to have the bits that they would have had.
         before = _last_start(folder) if deaths else {}
         if before.get("time", 0.0) < since:  # as another command had it
@@ -106,7 +112,7 @@ def train(
                 for line in filter(None, (new, initial.otherwise(config))):
                     progress.say(line)
 
-        run = _Run(job, fleet, folder, progress, begin, deaths, progressed)
+        run = _Run(job, fleet, folder, progress, begin, deaths, since, progressed)
         with in_order(partial(setattr, run, "stopping")):
             return run.result()
 
@@ -149,17 +155,18 @@ class _Run:
         progress: Progress,
         begin: Callable[[], object],
         deaths: int,
+        since: float,
         progressed: Callable[[int], object] | None,
     ) -> None:
         self.job, self.fleet, self.folder, self.progress = job, fleet, folder, progress
         self.begin = begin  # writes into the folder what the run starts from
-        self.deaths = deaths
+        self.deaths, self.since = deaths, since
         self.restarts, self.row = 0, 0  # in all, and since the last checkpoint
         self.made, self.progressed = False, progressed
         self.evaluated: dict[int, bool] = {}  # of our own checkpoints, by step
         self.record = Record(job, folder, progress, self._saved)
         self.stopping, self.stopped = "", False  # the signal that ends the run; whether it is heard
-        self.augmenters, self.stalls, self.looked = job.config.augmenters, 0, 0.0
+        self.stalls, self.looked = 0, 0.0
         self.away = ""
         self.seen: tuple[Any, ...] = ()
 
@@ -174,7 +181,8 @@ class _Run:
                     del self.begin  # and the weights that it may hold
                     self.made = True
                     if self.deaths:
-                        self.restarts = len(self.folder.events("lost")) + 1
+                        lost = self.folder.events("lost")
+                        self.restarts = sum(event["time"] >= self.since for event in lost) + 1
                         self._lose(["the supervisor"])
                 with Actors(self.job, self.fleet, group) as actors:
                     try:
@@ -277,7 +285,7 @@ class _Run:
             "start", step=found["step"], mesh=str(mesh), device=device, threads=threads
         )
         self.record.later(self.folder.publish)
-        self.progress.start(self.job, found["step"])
+        self.progress.start(self.job, self.fleet.config.fleet, found["step"])
         for report in actors.reports(start):
             if report:
                 self.record.take(report, feed)
@@ -329,8 +337,7 @@ class _Run:
         self.looked = time.monotonic()
         cluster.check()
         wanted = self.folder.wanted_augmenters()
-        if wanted and wanted != self.augmenters:
-            self.augmenters = wanted
+        if wanted and wanted != self.fleet.config.augmenters:
             self.fleet.config = replace(self.fleet.config, augmenters=wanted)  # of later attempts
             self.record.later(partial(self.folder.scaled, wanted))
             ray.get(feed.scale.remote(wanted))

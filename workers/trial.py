@@ -120,8 +120,8 @@ class Reporter(Progress):
         self.training: list[tuple[float, float]] = []  # images and wrong ones, of this epoch
         self.waiting: list[dict[str, Any]] = []  # evaluations that were not told yet
 
-    def start(self, job: Any, step: int) -> None:
-        super().start(job, step)
+    def start(self, job: Any, augmenters: tuple[int, int], step: int) -> None:
+        super().start(job, augmenters, step)
         self.training.clear()
 
     def step(self, report: dict[str, Any]) -> None:

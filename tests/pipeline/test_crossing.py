@@ -183,7 +183,7 @@ def wait_for_the_other() -> tuple[float, float]:
     before = pair.waited
     dist.barrier()
     if pair.tower == 1:
-        time.sleep(2)
+        time.sleep(0.6)
     pair.swap(torch.ones(3)).wait()
     return before, pair.waited
 

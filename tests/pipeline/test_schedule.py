@@ -1,4 +1,4 @@
-"""Stages: cuts and schedules are right by themselves, any mesh of them is one process (law 1)."""
+"""Stages: cuts and schedules are right by themselves, any mesh of them is one process."""
 
 from __future__ import annotations
 
@@ -153,8 +153,6 @@ def test_three_stages_equal_one_process(six: Ranks, kind: Kind) -> None:
     network = build("alexnet-mini", 11)
     for n in (9, 4):
         check(six, Mesh(1, 3, 2), network, n, EXACT, microbatches=4, schedule=kind)
-    import torch
-
     check(six, Mesh(1, 3, 2), network, 6, SINGLE, microbatches=3, dtype=torch.float32)
 
 

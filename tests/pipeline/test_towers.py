@@ -1,4 +1,4 @@
-"""Two towers, and any number of replicas, are the network of one process (law 1)."""
+"""Two towers, and any number of replicas, are the network of one process."""
 
 from __future__ import annotations
 

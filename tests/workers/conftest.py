@@ -83,8 +83,8 @@ def _end() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def trained(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `run`, six steps of two towers of which one was killed after an epoch, and
-    `other`, made of its weights of step 3; both evaluated, and their average.
+    """A folder with `run`, six steps of two towers of which one was killed after an epoch, its
+    `result.json`, and `other`, made of its weights of step 3; both evaluated, and their average.
     """
     folder = tmp_path_factory.mktemp("trained")
 
@@ -99,7 +99,9 @@ def trained(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = {"network": "alexnet-mini", "shards": shards}
     small_ray()
     more = {"batch": 64, "epochs": 2, "augmenters": "1:1", "run": f"{folder}/run"}
-    assert train(configure({**given, **more}), progress=Killer())["restarts"] == 1
+    result = train(configure({**given, **more}), progress=Killer())
+    assert result["restarts"] == 1
+    (folder / "result.json").write_text(json.dumps(result))
     export(f"{folder}/run", f"{folder}/w.safetensors", 3)
     import_(f"{folder}/w.safetensors", f"{folder}/other", given)
     evaluate([f"{folder}/run", f"{folder}/other"], weights=[3, 1])

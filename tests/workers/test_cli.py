@@ -26,6 +26,8 @@ from workers.config import configure
 from workers.output import write_output
 from workers.progress import Progress, table
 
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("train", "describe"):
@@ -92,14 +94,12 @@ def test_a_run_that_has_ended_is_not_said_to_look(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.toml").write_text(configure({"run": "r"}).to_toml())
-    for event, said in (("start", "as soon as the run looks"), ("end", "if it is resumed")):
-        with (tmp_path / "events.jsonl").open("a") as events:
-            fcntl.flock(events, fcntl.LOCK_EX)  # as who trains there
-            print(json.dumps({"time": 1, "event": event}), file=events, flush=True)
-            assert main(["scale", f"{tmp_path}", "--augmenters", "2:3"]) == 0
-            assert said in capsys.readouterr().out
-    (tmp_path / "events.jsonl").write_text(json.dumps({"time": 1, "event": "start"}) + "\n")
-    assert main(["scale", f"{tmp_path}", "--augmenters", "2:3"]) == 0  # it was killed
+    with (tmp_path / "events.jsonl").open("a") as events:
+        fcntl.flock(events, fcntl.LOCK_EX)  # as who trains there, or is about to go on
+        print(json.dumps({"time": 1, "event": "end"}), file=events, flush=True)
+        assert main(["scale", f"{tmp_path}", "--augmenters", "2:3"]) == 0
+        assert "as soon as the run looks" in capsys.readouterr().out
+    assert main(["scale", f"{tmp_path}", "--augmenters", "2:3"]) == 0  # it ended, or was killed
     assert "if it is resumed" in capsys.readouterr().out
 
 
@@ -117,7 +117,7 @@ def test_work_that_a_closed_pipe_ended_is_not_called_done(source: str, code: int
     program += "cli.training.add = add\nsys.exit(cli.main(['x']))"
     with subprocess.Popen(
         [sys.executable, "-c", program],
-        env={name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        env=BUFFERED,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as job:
@@ -128,6 +128,18 @@ def test_work_that_a_closed_pipe_ended_is_not_called_done(source: str, code: int
     assert job.returncode == code
     store = "towers: a store failed, again and again: a store\n"
     assert said == (store if "a store" in source else "")
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_full_disk_under_the_output_is_a_line(buffered: bool) -> None:
+    command = [sys.executable, "-m", "workers.cli", "describe"]
+    environment = BUFFERED if buffered else {**BUFFERED, "PYTHONUNBUFFERED": "1"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr == "towers: cannot write: [Errno 28] No space left on device\n"
 
 
 def test_what_is_written_to_is_no_file_or_a_link(tmp_path: Path) -> None:
@@ -303,7 +315,7 @@ guarded(work, 1)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGKILL, "in order\n", "")
 
 
-def test_a_terminal_that_closes_ends_work_in_order_unless_nohup_says_otherwise() -> None:
+def test_ctrl_c_and_a_closing_terminal_end_work_in_order_the_latter_not_if_nohup_says_so() -> None:
     program = """
 import os, signal
 from workers.guard import guarded, in_order
@@ -311,19 +323,17 @@ from workers.guard import guarded, in_order
 def work(deaths, progressed):
     told = []
     with in_order(told.append):
+        os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGHUP)
     print(told)
     return 0
 
 guarded(work, 1)
 """
-    for before, told in (("", "['SIGHUP']\n"), ("nohup", "[]\n")):
+    for before, told in (("", "['SIGINT', 'SIGHUP']\n"), ("nohup", "['SIGINT']\n")):
         command = [*before.split(), sys.executable, "-c", program]
         done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
         assert (done.returncode, done.stdout) == (0, told), done.stderr
-
-
-BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,16 @@ def test_files_that_cannot_be(text: str, message: str, tmp_path: Path) -> None:
         configure({}, str(file))
 
 
-@pytest.mark.parametrize("place", ["{folder}", "nowhere://config.toml", "{folder}/none.toml"])
-def test_no_file_there(place: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError):
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("{folder}", "Is a directory"),
+        ("nowhere://config.toml", "Protocol not known: nowhere"),
+        ("{folder}/none.toml", "no such configuration file"),
+    ],
+)
+def test_no_file_there(place: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
         configure({}, place.format(folder=tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Laws 3, 5 and 6: nodes of augmenters join and leave inside a run, and the towers don't notice; a
+"""Nodes of augmenters join and leave inside a run, and the towers don't notice; a
 node of theirs is lost, and the run goes on as if it had not been.
 """
 
@@ -121,6 +121,9 @@ def test_nodes_join_and_leave(
     assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
     epochs = [list(rows) for _, rows in itertools.groupby(steps, key=lambda line: line["epoch"])]
     assert all(sum(sum(line["made_by"].values()) for line in rows) == 150 for rows in epochs[:-1])
+    # By the nodes set aside for it, though others had cores to spare.
+    augment = {node.node_id[:8] for node in (*here, *gone)}
+    assert set().union(*(line["made_by"] for line in steps)) == augment
 
 
 def test_a_node_is_lost_that_holds_the_towers_and_the_feed(

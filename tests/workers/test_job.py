@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import secrets
@@ -19,13 +20,16 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+from ray.job_submission import JobStatus
 
+from workers.cli import main
 from workers.config import UserError
-from workers.jobs import package_size
+from workers.jobs import Unwritten, follow, package_size, submit
 
 pytestmark = pytest.mark.own_ray
 ROOT = Path(__file__).parents[2]
@@ -331,12 +335,26 @@ def test_a_cluster_of_another_version_is_told(
     assert done.stderr.count("\n") == 1
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that is home to nobody's credentials, nor to the cluster files that Ray keeps."""
+    for name in ("HOME", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    logging.disable(logging.NOTSET)  # which those commands do for all of their process
+
+
 class Failing(BaseHTTPRequestHandler):
     """A dashboard that tells its version, and no more."""
 
     def do_GET(self) -> None:
         found = {"ray_version": ray.__version__, "ray_commit": "", "version": "4"}
-        body = json.dumps(found | {"session_name": ""}).encode()
+        body = json.dumps(found | {"session_name": "", "data": {}, "msg": "no more"}).encode()
         self.send_response(200 if self.path.endswith("version") else 500)
         self.end_headers()
         self.wfile.write(body)
@@ -345,15 +363,46 @@ class Failing(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_cluster_that_fails_later_is_told(environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [("jobs",), ("submit", "--", "describe")])
+def test_a_cluster_that_fails_later_is_told(
+    command: tuple[str, ...], here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        done = towers(environment, tmp_path, "jobs", "--address", address)
+        assert main([command[0], "--address", address, *command[1:]]) == 1
         server.shutdown()
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith(f"towers: {address}: the cluster failed: ")
-    assert done.stderr.count("\n") == 1
+    said = capfd.readouterr().err
+    assert said.startswith(f"towers: {address}: the cluster failed: ")
+    assert said.count("\n") == 1
+
+
+class Done:
+    """Stands for the client of a cluster whose job is done."""
+
+    def get_job_info(self, job: str) -> Any:
+        return SimpleNamespace(status=JobStatus.SUCCEEDED, submission_id=job)
+
+    def get_job_logs(self, job: str) -> str:
+        return "a line"
+
+
+def test_a_log_that_nobody_reads_any_more_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of `towers logs JOB --follow | head`."""
+    reader, pipe = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, suppress(OSError), os.fdopen(pipe, "w") as out:
+        patch.setattr(sys, "stdout", out)
+        with pytest.raises(Unwritten) as told:
+            follow(Done(), "job")  # type: ignore[arg-type]
+    assert isinstance(told.value.args[0], BrokenPipeError)
+
+
+def test_a_job_that_is_stopped_has_time_for_its_checkpoint() -> None:
+    given: dict[str, Any] = {}
+    submit(SimpleNamespace(submit_job=lambda **options: given.update(options)), ".", "towers train")  # type: ignore[arg-type]
+    assert given["entrypoint"] == "towers train"
+    assert given["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
 
 
 def test_a_package_that_ray_does_not_take_is_told(
@@ -369,12 +418,12 @@ def test_a_package_that_ray_does_not_take_is_told(
         package_size(f"{tmp_path}")
 
 
-def test_a_cluster_that_is_not_there_is_told(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_cluster_that_is_not_there_is_told(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     address = f"http://127.0.0.1:{free_port()}"
-    done = towers(environment, tmp_path, "jobs", "--address", address.removeprefix("http://"))
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"towers: no Ray cluster at {address}: ")
-    assert done.stderr.count("\n") == 1
+    assert main(["jobs", "--address", address.removeprefix("http://")]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"towers: no Ray cluster at {address}: ")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -389,20 +438,17 @@ def test_a_cluster_that_is_not_there_is_told(environment: dict[str, str], tmp_pa
     ],
 )
 def test_a_cluster_file_that_leads_nowhere_is_told(
-    text: str | None, said: str, environment: dict[str, str], tmp_path: Path
+    text: str | None, said: str, here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "cluster.yaml"
+    file = here / "cluster.yaml"
     files = {name: ROOT / f"clusters/{name}.yaml" for name in ("local", "kuberay")}
     files["aws"] = ROOT / "cluster.yaml"
     if text:
         file.write_text(files[text].read_text() if text in files else text)
-    # Without anybody's credentials, and the cluster files that Ray keeps.
-    given = {k: v for k, v in environment.items() if not k.startswith("AWS_")}
-    given |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
-    done = towers(given, tmp_path, "submit", "--cluster", str(file), "--", "describe")
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("towers: " + said.format(file=file))
-    assert done.stderr.count("\n") == 1
+    assert main(["submit", "--cluster", str(file), "--", "describe"]) == 2
+    told = capfd.readouterr().err
+    assert told.startswith("towers: " + said.format(file=file))
+    assert told.count("\n") == 1
 
 
 def test_a_head_that_lets_nobody_in_is_told(

@@ -1,4 +1,4 @@
-"""Law 3 where it is hardest: with the supervisor and the whole cluster."""
+"""A run goes on after the loss of its supervisor, and of the whole cluster."""
 
 from __future__ import annotations
 

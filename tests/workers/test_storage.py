@@ -11,7 +11,6 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -313,30 +312,25 @@ def test_a_run_that_died_before_it_published_a_line_goes_on() -> None:
     again.close()
 
 
-def test_a_fleet_that_was_asked_for_holds_until_another_is() -> None:
+def test_a_fleet_that_was_asked_for_is_kept_until_another_is() -> None:
     config = configure({"network": "alexnet-mini", "run": "memory://asked/run"})
     folder = RunFolder(config, resume=False)
     folder.create()
     folder.close()
     write_scale(config.run, "2:3")  # while it does not run
-    for given, left in ((config, "2:3"), (replace(config, augmenters="4:5"), "")):
-        folder = RunFolder(given, resume=True)
-        folder.create()
-        folder.close()
-        assert read_scale(config.run) == left
-    folder = RunFolder(given, resume=True)
+    folder = RunFolder(config, resume=True)
     folder.create()
-    folder.scaled("6:7")  # and is killed
-    assert configure({}, f"{config.run}/config.toml").augmenters == "6:7"
+    assert folder.wanted_augmenters() == "2:3"
+    folder.scaled("2:3")  # and is killed
+    assert configure({}, f"{config.run}/config.toml").augmenters == "2:3"
+    write_scale(config.run, "many")
+    assert folder.wanted_augmenters() == ""
+    for _ in range(2):
+        folder.forget_scale()
+        assert read_scale(config.run) == ""
     folder.event("end")
     folder.close()
     assert not write_scale(config.run, "8:9")
-    assert configure({}, f"{config.run}/config.toml").augmenters == "8:9"
-    assert read_scale(config.run) == "8:9"  # and not what was asked for earlier
-    folder = RunFolder(replace(config, augmenters="6:7"), resume=True)
-    folder.create()
-    folder.close()
-    assert read_scale(config.run) == ""
 
 
 @pytest.mark.parametrize("name", ["pruned", "a[1]*?"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from datasets import DataError
 from workers.commands import command, count, on_error, show, workers
 from workers.config import UserError, locate
 
@@ -60,19 +59,17 @@ def _prepare(args: argparse.Namespace) -> int:
     given = vars(args)
     try:
         options = Options(**{name: given[name] for name in PREPARE if name in given})
-        result = prepare(
-            locate(args.source),
-            locate(args.shards),
-            options,
-            split=given.get("split"),
-            labels=given.get("labels"),
-            synsets=given.get("synsets"),
-            workers=count(given.get("workers")),
-        )
-    except DataError:
-        raise
     except ValueError as error:
         raise UserError(str(error)) from None
+    result = prepare(
+        locate(args.source),
+        locate(args.shards),
+        options,
+        split=given.get("split"),
+        labels=given.get("labels"),
+        synsets=given.get("synsets"),
+        workers=count(given.get("workers")),
+    )
     rows = ", ".join(f"{split} {rows}" for split, rows in result["splits"].items())
     names = ("url", "shards", "classes", "skipped")
     lines: list[tuple[str, ...]] = [(name, str(result[name])) for name in names]

@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
         "run a command of towers as a job on a cluster",
         "towers submit --cluster cluster.yaml -- train s3://bucket/imagenet --run s3://bucket/run",
         _submit,
+        again="a job that was submitted goes on, and `towers stop JOB` ends it",
     )
     submit.add_argument("arguments", nargs="+", metavar="-- COMMAND", help="Such as train ...")
     _address(submit)
@@ -58,8 +59,10 @@ def _address(parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def _client(args: argparse.Namespace) -> Iterator[JobSubmissionClient]:
     """A client of the cluster that the options name. Raises RunFailed once that stops answering."""
+    from ray.exceptions import AuthenticationError
+
     from workers.errors import RunFailed, first_line
-    from workers.jobs import DROPPED, connect
+    from workers.jobs import DROPPED, Unwritten, connect
     from workers.tunnel import tunnel
 
     logging.disable(logging.WARNING)  # what Ray tells of itself, by loggers that it sets itself
@@ -68,9 +71,11 @@ def _client(args: argparse.Namespace) -> Iterator[JobSubmissionClient]:
         client = connect(address)
         try:
             yield client
-        except (*DROPPED, RuntimeError) as error:
-            if isinstance(error, RunFailed) or type(error) in (OSError, BrokenPipeError):
-                raise  # the latter of our own output
+        except RunFailed:
+            raise
+        except Unwritten as error:
+            raise error.args[0] from None
+        except (*DROPPED, RuntimeError, AuthenticationError) as error:
             raise RunFailed(f"{address}: the cluster failed: {first_line(error)}") from None
 
 
@@ -101,14 +106,15 @@ def _jobs(args: argparse.Namespace) -> int:
 def _logs(args: argparse.Namespace) -> int:
     from workers import jobs
 
+    code, log = 0, ""
     with _client(args) as client:
-        state, code = jobs.known(client, args.job).status, 0
+        state = jobs.known(client, args.job).status
         if getattr(args, "follow", False):
             code = jobs.follow(client, args.job)
             state = jobs.known(client, args.job).status
         else:
             log = client.get_job_logs(args.job)
-            print(log, end="" if log.endswith("\n") or not log else "\n")
+    print(log, end="" if log.endswith("\n") or not log else "\n")
     return show(args, "", {"job": args.job, "state": str(state)}) or code
 
 

@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 from workers.commands import VARIANTS, command, given, options, show
-from workers.commands.training import MESH, NOWHERE
-from workers.config import UserError, configure
+from workers.commands.training import MESH
+from workers.config import NOWHERE, UserError, configure
 
 RATES = {"tower_rate": "all towers together", "augmenter_rate": "one augmenter"}
 PRICES = {"price_towers": "all towers together", "price_augmenter": "one augmenter"}

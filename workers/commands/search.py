@@ -10,8 +10,7 @@ from typing import Any
 
 from pipeline.recipes import Recipe
 from workers.commands import command, given, help_of, options, show
-from workers.commands.training import NOWHERE
-from workers.config import UserError, configure, locate, read
+from workers.config import NOWHERE, UserError, configure, locate, read
 from workers.space import read_space
 
 TRIALS = 20

@@ -10,12 +10,10 @@ from dataclasses import fields
 from typing import Any
 
 from workers.commands import VARIANTS, command, given, help_of, options, show
-from workers.config import Config, UserError, configure, locate
+from workers.config import NOWHERE, Config, UserError, configure, locate
 from workers.guard import AGAIN, guarded
 
 MESH = ("replicas", "stages", "cuts", "towers")
-
-NOWHERE = "memory://"  # the run of what makes none
 
 
 def add(commands: Any) -> None:
@@ -79,6 +77,7 @@ def _train(args: argparse.Namespace) -> int:
                 resume=resume,
                 deaths=deaths,
                 since=began,
+                sized=resume and "augmenters" in said,
                 progressed=lambda _: progressed(),
             )
         except ClusterLost as error:
