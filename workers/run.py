@@ -171,7 +171,7 @@ class RunFolder:
 
     def forget_scale(self) -> None:
         """Drops what `towers scale` asked for: whoever resumes the run says otherwise."""
-        with suppress(FileNotFoundError), writing(self.url):
+        with writing(self.url), suppress(FileNotFoundError):
             self.fs.rm_file(f"{self.path}/{SCALE}")
 
     def publish(self) -> None:
