@@ -4,8 +4,8 @@
     python benchmarks/chaos.py --kills 10 --kinds tower
 
 Each kill is a SIGKILL from a seed: which kind of process, and when after a checkpoint began (at
-once, which is while it is written, or up to a second later). Prints for each kind how long it took
-from the kill to the next trained step, and how many steps were trained again. Exit code 1 if the
+once, which is while it is written, or up to a second later). Prints for each kind how long training
+stood still after it, median and most, and how many steps were trained again. Exit code 1 if the
 weights differ.
 """
 
@@ -33,7 +33,7 @@ KINDS = {
     "augmenter": "ray::MapWorker",
     "supervisor": "",
     "node": "/raylet",
-    "store": "/gcs_server",
+    "control": "/gcs_server",
 }
 """Kinds of processes and what tells them: how their command lines start, or their programs end."""
 
@@ -138,6 +138,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="Print one JSON object at the end.")
     args = parser.parse_args()
     kinds = args.kinds.split(",")
+    if unknown := set(kinds) - set(KINDS):
+        parser.error(f"no such kind: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     images, batch = 150, 32
     epochs = -(-args.kills * STEPS_A_KILL * batch // images)
     options = f"--network alexnet-mini --batch {batch} --epochs {epochs} --checkpoint-every 4"
@@ -166,7 +168,7 @@ def main() -> None:
         ]
         rows.append((kind, *max(gaps)))
     same = result["weights_sha256"] == whole["weights_sha256"]
-    print(f"{'killed':<12}{'times':>6}{'seconds to the next step':>26}{'steps again':>13}")
+    print(f"{'killed':<12}{'times':>6}{'seconds without a step':>26}{'steps again':>13}")
     for kind in sorted({kind for kind, _, _ in rows}):
         seconds = [s for k, s, _ in rows if k == kind]
         again = [r for k, _, r in rows if k == kind]

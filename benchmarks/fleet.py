@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from workers.parts import Part, unpack
 from workers.placement import cluster_nodes, decide
 
 BATCH, SECONDS = 128, 8.0  # images; how long each rate is measured, and waited before
+WAIT = 120.0  # seconds that a node has to be used
 
 
 class Slow(Fleet):
@@ -88,9 +90,7 @@ def rate(times: list[float]) -> float:
 
 
 def memory() -> tuple[float, float, float]:
-    """MiB in the object store, spilled, and of Ray's workers and this process, shared counted
-    once.
-    """
+    """MiB in the object store, spilled, and private ones of Ray's workers on this machine."""
     text = memory_summary(stats_only=True)
     used = re.search(r"Plasma memory usage (\d+) MiB", text)
     spilled = re.search(r"Spilled (\d+) MiB", text)
@@ -107,7 +107,7 @@ def memory() -> tuple[float, float, float]:
 
 def growth(cluster: Cluster, shards: str) -> float:
     """Prints what doubling the fleet does; returns the rate of one node."""
-    feed, batches = feed_of(shards, "1:2", epochs=8)
+    feed, batches = feed_of(shards, "1:2", epochs=1000)
     times, index = [], 0
     for index in range(batches):
         at, _ = next(parts(feed, index, index + 1))
@@ -116,15 +116,17 @@ def growth(cluster: Cluster, shards: str) -> float:
             break
     before = rate([at for at in times if at > times[0] + SECONDS])
     joined, node = time.perf_counter(), cluster.add_node(num_cpus=1, resources={"augment": 1})
-    used, after = 0.0, [0.0]
+    used, after = 0.0, list[float]()
     for at, part in parts(feed, index + 1, batches):
         if not used and part.node == node.node_id:
             used = at - joined
         if used and at > joined + used + SECONDS:
             after.append(at)
-            if at > after[1] + SECONDS:
+            if at > after[0] + SECONDS:
                 break
-    doubled = rate(after[1:])
+        if not used and at > joined + WAIT:
+            sys.exit(f"no crop came from the node that joined in {WAIT:.0f} seconds")
+    doubled = rate(after)
     ray.kill(feed)
     cluster.remove_node(node)
     print(f"images/s with one node of one core      {before:8.0f}")

@@ -1,22 +1,25 @@
 """What the mesh costs: two towers against one process, pipeline bubbles, checkpoints on the side.
 
-    python benchmarks/mesh.py [--batch 128] [--steps 6]
+    python benchmarks/mesh.py [--batch 128] [--steps 5] [--turns 3]
 
-Needs torch alone. Everything runs on the same two cores in one run:
+Needs torch and NumPy alone. Everything runs with two threads in one run (`taskset -c 0,1` on a
+machine of more cores):
 
 - `alexnet` in two tower processes of a thread each against one process of two threads, in turns;
   and the share of a step that a tower stands still for the other.
 - The idle share of two pipeline stages of equal cost under 1F1B, against (S - 1) / (M + S - 1).
 - How long training stands still for a checkpoint of `alexnet` that is written in the background,
-  against writing it synchronously.
+  and how much longer the step beside it takes, against writing it synchronously.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import queue
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,10 +44,18 @@ def spread(job: Callable[..., Any], mesh: Mesh, threads: int, *arguments: Any) -
     folder = tempfile.mkdtemp()
     answers = context.Queue()
     call = (job, mesh, threads, f"file://{folder}/store", answers, arguments)
-    ranks = [context.Process(target=_rank, args=(rank, *call)) for rank in range(mesh.size)]
+    ranks = [
+        context.Process(target=_rank, args=(rank, *call), daemon=True) for rank in range(mesh.size)
+    ]
     for process in ranks:
         process.start()
-    found = dict(answers.get(timeout=600) for _ in ranks)
+    found: dict[int, Any] = {}
+    while len(found) < len(ranks):
+        try:
+            found |= [answers.get(timeout=1)]
+        except queue.Empty:
+            if any(process.exitcode for process in ranks):
+                sys.exit("a rank failed")
     for process in ranks:
         process.join()
     shutil.rmtree(folder, ignore_errors=True)
@@ -141,14 +152,16 @@ def spans(mesh: Mesh, microbatches: int, steps: int) -> list[Span]:
     return trainer.trace.spans
 
 
-def checkpoint_times(mesh: Mesh, repeat: int) -> tuple[list[float], list[float]]:
-    """Seconds to write a checkpoint of alexnet, and those that one in the background takes away."""
+def checkpoint_times(mesh: Mesh, repeat: int) -> tuple[list[float], ...]:
+    """Seconds to write a checkpoint of alexnet, those that training stands still for one in the
+    background, and those that the step beside it takes longer than one by itself.
+    """
     network = build("alexnet", 1000)
     trainer, groups = make(network, mesh)
     trainer.step(batch(network, 4), 0)
     folder = tempfile.mkdtemp()
     writer = checkpoint.Writer(groups)
-    written, stood = [], []
+    written, stood, longer = [], [], []
     images = batch(network, 16)
     for turn in range(repeat + 1):
         state = trainer.tower, trainer.optimizer, {"step": turn}
@@ -160,15 +173,18 @@ def checkpoint_times(mesh: Mesh, repeat: int) -> tuple[list[float], list[float]]
         shutil.rmtree(f"{folder}/{turn}", ignore_errors=True)
         if groups:
             dist.barrier()
-        before = writer.stood
+        start = time.perf_counter()
+        trainer.step(images, turn)
+        alone = time.perf_counter() - start
+        before, start = writer.stood, time.perf_counter()
         writer.save(f"{folder}/{turn}", *state)
         trainer.step(images, turn)
+        longer.append(time.perf_counter() - start - alone)
         stood.append(writer.stood - before)
         writer.finish()
         shutil.rmtree(f"{folder}/{turn}", ignore_errors=True)
-    written, stood = written[1:], stood[1:]  # the first is to warm up
     shutil.rmtree(folder, ignore_errors=True)
-    return written, stood
+    return written[1:], stood[1:], longer[1:]  # the first is to warm up
 
 
 def main() -> None:
@@ -198,10 +214,12 @@ def main() -> None:
         print(f"  {m} micro-batches  {idle:6.1%}  {1 / (m + 1):6.1%}")
 
     pair = spread(checkpoint_times, Mesh(), 1, 4)
-    written, stood = (max(statistics.median(rank[i]) for rank in pair) for i in (0, 1))
+    medians = (max(statistics.median(rank[i]) for rank in pair) for i in range(3))
+    written, stood, longer = medians
     print("a checkpoint of alexnet with momentum, two towers:")
     print(f"  written synchronously        {written * 1e3:7.0f} ms")
     print(f"  training stands still for it {stood * 1e3:7.0f} ms   {stood / written:.1%}")
+    print(f"  the step beside it is longer {longer * 1e3:7.0f} ms   {longer / written:.1%}")
 
 
 if __name__ == "__main__":

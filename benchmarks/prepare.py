@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from table import cores
 
 SIZE, QUALITY = 256, 95
 
@@ -91,7 +92,7 @@ def own_rate(source: Path, folder: str, workers: int) -> float:
             self.rate = count / (time.monotonic() - start)
 
     clock = Clock(io.StringIO())
-    cap = None if workers == os.cpu_count() else workers
+    cap = None if workers == cores() else workers
     prepare(str(source), folder, workers=cap, progress=clock)
     return clock.rate
 
@@ -131,7 +132,7 @@ def main() -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        default=os.cpu_count(),
+        default=cores(),
         help="Of both; with fewer than cores, Ray's "
         "own processes have one for themselves, as on a larger machine they nearly do.",
     )

@@ -96,17 +96,21 @@ def augment(dataset: Dataset, number: int, of: int, place: str | None, both: Any
         dataset, "train", Augmentation(SIZE, CROP), None, seed=0, cache=room, again=False
     )
     both.wait()
-    for index in range(number, len(plan), of):
-        next_ones = range(index + of, min(index + of * FORESIGHT + 1, len(plan)), of)
-        then = np.concatenate([plan.rows(i) for i in next_ones]) if next_ones else None
-        loader.load(plan.rows(index), 0, True, then)
+    try:
+        for index in range(number, len(plan), of):
+            next_ones = range(index + of, min(index + of * FORESIGHT + 1, len(plan)), of)
+            then = np.concatenate([plan.rows(i) for i in next_ones]) if next_ones else None
+            loader.load(plan.rows(index), 0, True, then)
+    except BaseException:
+        both.abort()  # nobody is to wait for it
+        raise
     both.wait()
 
 
 def rate(dataset: Dataset, augmenters: int, place: str | None) -> float:
     """Images a second of so many augmenters together."""
     spawn = multiprocessing.get_context("spawn")
-    both = spawn.Barrier(augmenters + 1)
+    both = spawn.Barrier(augmenters + 1, timeout=600)
     all_of_them = [
         spawn.Process(target=augment, args=(dataset, number, augmenters, place, both), daemon=True)
         for number in range(augmenters)

@@ -11,14 +11,15 @@ of a run that is resumed far into it.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import ray
 from fleet import BATCH, feed_of, memory, parts, rate
+from table import cores as cores_here
 from table import publish
 
 from datasets.drawn import write_drawn
@@ -32,7 +33,7 @@ def fleets(shards: str, most: int) -> list[dict[str, Any]]:
     """A row for each number of augmenters."""
     rows: list[dict[str, Any]] = []
     for augmenters in range(1, most + 1):
-        feed, batches = feed_of(shards, f"{augmenters}:{augmenters}", epochs=100)
+        feed, batches = feed_of(shards, f"{augmenters}:{augmenters}", epochs=1000)
         times: list[float] = []
         for at, _ in parts(feed, 0, batches):
             times.append(at)
@@ -59,15 +60,9 @@ def fleets(shards: str, most: int) -> list[dict[str, Any]]:
 def plans(rows: int) -> dict[str, Any]:
     """A row for a run of 90 epochs over so many rows."""
     groups = [GROUP] * (rows // GROUP)
-    seconds = []
-    tracemalloc.start()
-    for what in ("plan", "next", "resume"):
-        start = time.perf_counter()
-        if what != "next":
-            itinerary = Itinerary(groups, ("val", [GROUP]), batch=BATCH, seed=0, epochs=90)
-        at = 0 if what == "plan" else 1 if what == "next" else len(itinerary) * 2 // 3
-        assert len(itinerary.rows(at)) == BATCH
-        seconds.append(time.perf_counter() - start)
+    seconds = planned(groups)
+    tracemalloc.start()  # by itself: it takes as long again
+    planned(groups)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return {
@@ -79,14 +74,32 @@ def plans(rows: int) -> dict[str, Any]:
     }
 
 
+def planned(groups: list[int]) -> list[float]:
+    """Seconds of a plan with its first batch, of the next one, and of a plan with the batch that a
+    resumed run begins with.
+    """
+    seconds = []
+    for what in ("plan", "next", "resume"):
+        start = time.perf_counter()
+        if what != "next":
+            itinerary = Itinerary(groups, ("val", [GROUP]), batch=BATCH, seed=0, epochs=90)
+        at = 0 if what == "plan" else 1 if what == "next" else len(itinerary) * 2 // 3
+        assert len(itinerary.rows(at)) == BATCH
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--json", metavar="FILE", help="write the figures of fleets here")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the figures here, and those of plans beside"
+    )
     args = parser.parse_args()
-    publish("Plans of 90 epochs", [plans(rows) for rows in (1_281_167, 1_000_000_000)])
-    cores = len(os.sched_getaffinity(0))
+    beside = str(Path(args.json).with_suffix(".plans.json")) if args.json else None
+    publish("Plans of 90 epochs", [plans(rows) for rows in (1_281_167, 1_000_000_000)], beside)
+    cores = cores_here()
     # The taker and the feed work too: a fleet of all cores is to share them.
-    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory(prefix="towers-") as shards:
         write_drawn(shards, train=6000, val=BATCH)
         publish("Augmenters", fleets(shards, cores), args.json)

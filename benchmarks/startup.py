@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ PARTS = {
 
 def child(shards: str, run: str) -> None:
     """Trains as `towers train` does, and prints the time when each part was done."""
+    os.environ["RAY_ADDRESS"] = "local"
     done: dict[str, float] = {}
 
     def note(module: Any, name: str, part: str) -> None:

@@ -1,10 +1,12 @@
 """A training step of `alexnet` against the same network in plain torch modules, on the same cores
 or GPU.
 
-    python benchmarks/step.py [--batch 128] [--steps 3] [--only WORD] [--device cuda] [--json FILE]
+    python benchmarks/step.py [--batch 128] [--steps 3] [--turns 2] [--only WORD] [--device cuda]
+                              [--json FILE]
 
-Needs torch alone (`PYTHONPATH=.` where Towers is not installed). Each row is a fresh process,
-because an allocator's settings are a process's:
+Needs torch and NumPy alone (`PYTHONPATH=.` where Towers is not installed). Each row is a fresh
+process, because an allocator's settings are a process's; all rows take turns, and the best turn of
+each counts:
 
 - "plain": torch.nn's grouped convolutions, LocalResponseNorm (within each column), CrossEntropyLoss
   and torch.optim.SGD, sixteen bits by autocast; as people run it, with Towers' allocator settings,
@@ -16,7 +18,8 @@ MFU is the share of a matrix product's rate measured in the same process just be
 images lie in its memory already, as the stream brings them; plain modules have cuDNN try its
 algorithms out, Towers takes those that give the same bits, and "same bits" says whether two
 processes did. Where a processor cannot multiply bfloat16, plain modules take minutes for a step
-and are left out, and the product is one of float32. `--memory` lists what a step keeps for
+and are left out, and the product is one of float32; so are compiled ones without a compiler, which
+is said, as our own normalisation has none then either. `--memory` lists what a step keeps for
 backward instead; operations.py times what it consists of.
 """
 
@@ -33,10 +36,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from table import cores as cores_here
 from table import publish
 from torch import Tensor, nn
 
-from pipeline import checkpoint, host
+from pipeline import checkpoint, host, native
 from pipeline.crossing import Pair
 from pipeline.network import Network, build
 from pipeline.optimizer import SGD
@@ -237,6 +241,8 @@ def cases(batch: int, steps: int, cores: int, device: str) -> list[tuple[str, di
     ]
     if device != "cpu":  # an allocator has no such settings, and two processes no device each
         kinds = [(PEER, {}), (f"{PEER}, compiled", {"compiled": True})]
+    if native.missing(device):  # nothing can be compiled
+        kinds.pop()
     both = ["channels-first", "channels-last"]
     # A process each where its allocator may matter, and one for both on a GPU: it starts slowly.
     apart = [[layout] for layout in both] if device == "cpu" else [both]
@@ -281,6 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3, help="timed, of which the best counts")
+    parser.add_argument("--turns", type=int, default=2, help="of all rows")
     parser.add_argument("--only", default="", help="rows whose name has this")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--memory", action="store_true", help="what a step keeps for backward")
@@ -293,23 +300,24 @@ def main() -> None:
     if options.memory:
         publish("kept for backward", kept(options.batch, "float32"), options.json)
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores_here()
     best: dict[str, dict[str, Any]] = {}
-    failed = []
-    for name, case in cases(options.batch, options.steps, cores or 1, options.device):
-        if options.only not in name:
-            continue
+    failed = set()
+    if why := native.missing(options.device):
+        print(f"nothing is compiled: {why}", file=sys.stderr)
+    rows = cases(options.batch, options.steps, cores, options.device)
+    for name, case in [row for row in rows if options.only in row[0]] * options.turns:
         found = spawn(case)
         if not found:
-            failed.append(name)
+            failed.add(name)
             continue
         weights = found.pop("weights", None)
-        if weights and case.get("lrn", True):
+        if weights and case.get("lrn", True) and name not in best:
             again = spawn({**case, "steps": 0})
             found["same bits"] = again is not None and again["weights"] == weights
         print(f"{name}, {found['layout']}: {found['images/s']:.1f} images/s", file=sys.stderr)
         if name not in best or found["images/s"] > best[name]["images/s"]:
-            best[name] = {"step": name, **found}
+            best[name] = {**best.get(name, {}), "step": name, **found}
     for name, row in best.items():
         precision = "bfloat16" if "bfloat16" in name else "float32"
         for column, against in (
@@ -320,10 +328,13 @@ def main() -> None:
         ):
             if against in best:
                 row[column] = row["images/s"] / best[against]["images/s"]
+        peers = [best[peer]["images/s"] for peer in best if peer.startswith(f"plain {precision}")]
+        if peers:
+            row["to the best plain"] = row["images/s"] / max(peers)
     where = f"{cores} cores" if options.device == "cpu" else torch.cuda.get_device_name()
     publish(f"alexnet, batch {options.batch}, {where}", list(best.values()), options.json)
     if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}")
+        raise SystemExit(f"failed: {', '.join(sorted(failed))}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
+from table import cores as cores_here
 from table import publish
 
 PHOTOGRAPHS = "shared/data/imagenet-sample/ILSVRC2012_img_train.tar"  # beside the repository
@@ -65,7 +66,8 @@ def prepare(folder: str) -> str:
     """Shards that hold the photographs `COPIES` times, with their statistics."""
     shards = f"{folder}/shards"
     command = [sys.executable, "-m", "workers.cli", "prepare", source(folder), f"{folder}/once"]
-    subprocess.run(command, check=True, capture_output=True)
+    alone = {**os.environ, "RAY_ADDRESS": "local"}
+    subprocess.run(command, check=True, capture_output=True, env=alone)
     os.makedirs(shards)
     files = sorted(glob.glob(f"{folder}/once/train-*.parquet"))
     for number, path in enumerate(files * COPIES):
@@ -198,7 +200,7 @@ def mosaic(shards: str, cores: int) -> Batches:
 def ray_data(shards: str, cores: int) -> Batches:
     import ray
 
-    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     def crops(batch: dict[str, Any]) -> dict[str, Any]:
@@ -216,7 +218,7 @@ def fleet(shards: str, cores: int, cache: float = 0.0) -> Batches:
     import ray
     from fleet import feed_of, parts
 
-    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False)
     feed, batches = feed_of(shards, f"{cores}:{cores}", epochs=100, network="alexnet", cache=cache)
     first = batches // 100 if cache else 0  # the epoch in which images are decoded
     for number, (_, part) in enumerate(parts(feed, 0, batches)):
@@ -225,7 +227,23 @@ def fleet(shards: str, cores: int, cache: float = 0.0) -> Batches:
 
 
 def cached(shards: str, cores: int) -> Batches:
-    return fleet(shards, cores, cache=2.0)
+    with tempfile.TemporaryDirectory(dir=Path(shards).parent) as place:
+        # Ray's own files stay where its sockets' names are short enough.
+        os.environ |= {"RAY_TMPDIR": os.environ.get("RAY_TMPDIR", "/tmp"), "TMPDIR": place}
+        for batch in fleet(shards, cores, cache=2.0):
+            if place and disk_bytes(place) < 0.9 * rows(shards) * SIZE**2 * 3:
+                raise ImportError("the disk has no room to keep its images")
+            place = ""  # it was looked at
+            yield batch
+
+
+def disk_bytes(folder: str) -> int:
+    """Bytes on the disk of the files in a folder."""
+    return sum(path.stat().st_blocks * 512 for path in Path(folder).rglob("*") if path.is_file())
+
+
+def rows(shards: str) -> int:
+    return sum(pq.read_metadata(path).num_rows for path in glob.glob(f"{shards}/*.parquet"))
 
 
 STREAMS: dict[str, Callable[[str, int], Batches]] = {
@@ -265,7 +283,8 @@ def rate(name: str, shards: str, cores: int, seconds: float) -> float | None:
 
 
 def measured(name: str, shards: str, seconds: float, processes: int = 1) -> float:
-    """Images a second of so many processes at once, each of which delivers; 0 without the package.
+    """Images a second of so many processes at once, each of which delivers; 0 without the package,
+    or if one failed.
 
     Processes of their own, so that none inherits what another left behind.
     """
@@ -274,6 +293,9 @@ def measured(name: str, shards: str, seconds: float, processes: int = 1) -> floa
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)
     ]
     said = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        print(f"{name}: left out (it failed)", file=sys.stderr)
+        return 0.0
     # Ray says more than that, at times after it.
     return sum(float(text.rpartition(RATE)[2].split()[0]) for text in said)
 
@@ -286,12 +308,12 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures here, and FILE.md")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
+    cores = cores_here()
     if args.one:
         name, shards = args.one
         print(f"{RATE}{rate(name, shards, cores, args.seconds) or 0}")
         return
-    runs = [(name, processes) for name in args.only if name in LOOPS for processes in (1, cores)]
+    runs = [(name, processes) for name in args.only if name in LOOPS for processes in {1, cores}]
     runs += [(name, 1) for name in args.only if name not in LOOPS]
     best: dict[tuple[str, int], float] = {}
     with tempfile.TemporaryDirectory(prefix="towers-") as folder:
@@ -300,7 +322,7 @@ def main() -> None:
             for name, processes in runs:
                 got = measured(name, shards, args.seconds, processes)
                 best[name, processes] = max(got, best.get((name, processes), 0.0))
-    rows = []
+    table = []
     for (name, processes), found in best.items():
         used = processes if name in LOOPS else cores
         row = {"stream": name, "cores": used, "images/s": found, "a core": found / used}
@@ -308,9 +330,9 @@ def main() -> None:
         for loop, column in zip(LOOPS, ("x Pillow", "x the best loop"), strict=True):
             limit = best.get((loop, used))
             row[column] = found / limit if limit else None
-        rows.append(row)
-    rows = [row for row in rows if row["images/s"]]
-    publish("Crops of 224x224 pixels from JPEGs of 256x256, best of turns", rows, args.json)
+        table.append(row)
+    table = [row for row in table if row["images/s"]]
+    publish("Crops of 224x224 pixels from JPEGs of 256x256, best of turns", table, args.json)
 
 
 if __name__ == "__main__":

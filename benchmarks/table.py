@@ -46,13 +46,18 @@ def publish(name: str, rows: Sequence[dict[str, Any]], json_path: str | None = N
         Path(json_path).with_suffix(".md").write_text(markdown)
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
     """What figures depend on: processor, cores that this process may use, memory, GPU if torch is
     loaded and has one, versions, and the date.
     """
     found: dict[str, Any] = {
         "processor": _line("/proc/cpuinfo", "model name") or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

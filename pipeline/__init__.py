@@ -1,4 +1,4 @@
-"""The two towers: network, crossings, loss, optimiser, step. Needs torch alone."""
+"""The two towers: network, crossings, loss, optimiser, step. Needs torch and NumPy alone."""
 
 from __future__ import annotations
 
