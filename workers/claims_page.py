@@ -13,7 +13,12 @@ from workers.claims import CLAIMS, Claim, Finding
 from workers.page import page
 
 HEADS = ("claim", "paper", "ours", "on", "verdict")
-FIGURE1 = ("relu", "tanh")
+FIGURES = {
+    "ReLU and tanh (figure 1)": {"relu": "ReLU", "tanh": "tanh"},
+    "ReLU and tanh, pixels and weights scaled": {"relu-scaled": "ReLU", "tanh-scaled": "tanh"},
+    "Dropout": {"dropout-to-goal": "with it", "no-dropout-to-goal": "without"},
+}
+"""Training error over epochs, of arms by what they are called there."""
 LEFT, ROW = 130, 22  # of a figure of dots, in pixels
 
 RULE = (
@@ -63,7 +68,7 @@ def claims_page(result: dict[str, Any], curves: Curves) -> str:
     parts = [
         "<h1>The claims, measured</h1>",
         f"<table><tr>{heads}{cells}</table><p class=soft>{RULE}</p>",
-        _figure1(curves),
+        *(_figure(title, arms, curves) for title, arms in FIGURES.items()),
     ]
     drawn = [_dots(line) for line in lines if "arms" in line]
     parts.append(f'<h2>Arms</h2><div class="charts">{"".join(drawn)}</div>' if drawn else "")
@@ -74,10 +79,10 @@ def _cells(line: dict[str, Any]) -> tuple[str, ...]:
     return (line["says"], line["paper"], line["ours"], line["on"], line["verdict"])
 
 
-def _figure1(curves: Curves) -> str:
-    """Training error over epochs, as in the paper's figure 1."""
+def _figure(title: str, arms: dict[str, str], curves: Curves) -> str:
+    """Training error over epochs of some arms; "" if none of them was trained."""
     drawn, end = [], 0.0
-    for number, arm in enumerate(FIGURE1):
+    for number, arm in enumerate(arms):
         for steps, curve in curves.get(arm, ()):
             points = [Point(step / steps, error, step) for step, error in curve]
             end = max(end, points[-1].seconds if points else 0.0)
@@ -86,10 +91,10 @@ def _figure1(curves: Curves) -> str:
         return ""
     names = " &nbsp; ".join(
         f'<span style="color:{colour(number)}">&#9632;</span> {name}'
-        for number, name in enumerate(("ReLU", "tanh"))
+        for number, name in enumerate(arms.values())
     )
-    figure = chart("Training error", drawn, Axis(end, unit="epochs"), percent=True)
-    return f"<h2>ReLU and tanh (figure 1)</h2><p>{names}; a line a seed</p>{figure}"
+    drawing = chart("Training error", drawn, Axis(end, unit="epochs"), percent=True)
+    return f"<h2>{title}</h2><p>{names}; a line a seed</p>{drawing}"
 
 
 def _dots(line: dict[str, Any]) -> str:

@@ -360,6 +360,29 @@ sys.exit(guarded(work, 1))
     assert "again" not in done.stderr
 
 
+@pytest.mark.parametrize("dies", ["os.kill(os.getpid(), signal.SIGKILL)", "return AGAIN"])
+def test_a_run_that_dies_again_and_again_without_progress_is_given_up(dies: str) -> None:
+    program = f"""
+import os, signal, sys
+from workers.guard import AGAIN, guarded
+
+def work(deaths, progressed):
+    print(deaths, flush=True)
+    if deaths < 2:
+        progressed()
+    {dies}
+
+sys.exit(guarded(work, 2))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (1, ["0", "1", "2", "3"]), done.stderr
+    *again, last = done.stderr.splitlines()
+    how = "lost its Ray" if "AGAIN" in dies else "was killed by SIGKILL"
+    assert again == [f"the run's supervisor {how}: started again"] * 3
+    assert last == f"towers: the run's supervisor {how}; --resume goes on"
+
+
 def test_a_result_that_could_not_be_written_is_no_success() -> None:
     program = """
 import sys

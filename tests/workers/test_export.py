@@ -76,13 +76,13 @@ def test_an_exported_network_comes_back_as_it_was(
     import_(f"{tmp_path}/w.pt", f"{tmp_path}/odd", {**odd, "shards": shards})
     file = f"{tmp_path}/odd.safetensors"
     export(f"{tmp_path}/odd", file)
-    import_(file, f"{tmp_path}/again", {})
+    assert main(["import", file, f"{tmp_path}/again"]) == 0
     found = configure({}, f"{tmp_path}/again/config.toml")
     assert {name: getattr(found, name) for name in odd} == odd
     classes = kept_classes(f"{tmp_path}/again")
     assert classes
     assert classes.names == CLASSES
-    import_(file, f"{tmp_path}/relu", {"activation": "relu"})
+    assert main(["import", file, f"{tmp_path}/relu", "--activation", "relu"]) == 0
     assert configure({}, f"{tmp_path}/relu/config.toml").image == 80
     with pytest.raises(UserError, match=r"fc4.bias is missing"):
         import_(file, f"{tmp_path}/other", {"network": "cifar"})

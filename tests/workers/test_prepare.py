@@ -18,14 +18,17 @@ from typing import Any
 
 import fsspec
 import made
+import numpy as np
 import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 from datasets import DataError
 from datasets.drawn import draw
-from datasets.images import encode
+from datasets.images import decode, encode
 from datasets.kept import Options
+from datasets.rows import Rows
+from datasets.shards import open_dataset
 from datasets.storage import whole
 from workers.cli import main
 from workers.prepare import prepare
@@ -138,6 +141,26 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert not (shards / "dataset.json").exists()
     prepare(source, str(shards), SMALL)
     assert contents(shards) == contents(prepared)
+
+
+def test_the_options_of_the_command_do_what_they_say(cluster: None, tmp_path: Path) -> None:
+    flat = {f"val_{n}.jpg": made.encoded(n) for n in range(4)}
+    (tmp_path / "val.tar").write_bytes(made.tar_bytes(list(flat.items())))
+    (tmp_path / "words.txt").write_text("n01 a hound\nn02 a mouser\n")
+    (tmp_path / "truth.txt").write_text("2\n1\n2\n2\n")
+    known = ["--labels", f"{tmp_path}/truth.txt", "--synsets", f"{tmp_path}/words.txt"]
+    found = {}
+    for name, options in (("kept", ["--keep"]), ("small", ["--size", "20", "--quality", "10"])):
+        command = ["prepare", f"{tmp_path}/val.tar", f"{tmp_path}/{name}", "--split", "val"]
+        assert main([*command, *known, *options]) == 0
+        dataset = open_dataset(f"{tmp_path}/{name}")
+        assert dataset.classes == ("n01", "n02")
+        records = Rows(dataset, "val").read(np.arange(4))
+        found[name] = {record.image: record.label for record in records}
+    assert found["kept"] == dict(zip(flat.values(), (1, 0, 1, 1), strict=True))
+    for image in found["small"]:
+        assert decode(image, "", 20).shape == (20, 20, 3)
+        assert len(image) < min(map(len, flat.values()))
 
 
 def test_what_was_prepared_is_valid_until_it_is_damaged(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,6 +123,40 @@ def test_the_best_and_the_recipe_are_confirmed_from_seeds_that_the_search_had_no
     best, recipe = (_again(wanted, {"rate": 0.02}, name, "r", 2) for name in ("best", "recipe"))
     assert (best.rate, recipe.rate) == (0.02, RECIPES["cifar"]()["rate"])
     assert best.seed == recipe.seed == 5 + 2
+
+
+def test_bayesian_search_begins_with_the_recipe_and_stays_within_the_space() -> None:
+    domains = {"pad": Domain((0, 2, 4, 8)), "rate": Domain((), 0.01, 0.1, True)}
+    plan = Search({"network": "cifar"}, domains, algorithm="optuna").plan(2)
+    plan.searcher.set_search_properties("top1_error", "min", plan.space)
+    recipe, drawn = RECIPES["cifar"](), []
+    for number in range(12):
+        drawn.append(plan.searcher.suggest(f"{number}"))
+        far = abs(drawn[-1]["rate"] - 0.02)
+        plan.searcher.on_trial_complete(f"{number}", {"top1_error": 0.3 + far})
+    assert drawn[0] == {"pad": recipe["pad"], "rate": recipe["rate"]}
+    assert all(0.01 <= one["rate"] <= 0.1 and one["pad"] in (0, 2, 4, 8) for one in drawn)
+    assert len({one["rate"] for one in drawn}) > 8
+
+
+def test_asha_ends_the_worse_ones_early_and_lets_the_better_come_to_their_end() -> None:
+    domains = {"rate": Domain((), 0.01, 0.1, True)}
+    scheduler = Search({"network": "cifar", "epochs": 9}, domains).plan(2).scheduler
+    scheduler.set_search_properties("top1_error", "min")
+    controller: Any = SimpleNamespace()
+    decided: dict[float, list[str]] = {}
+    for error in (0.2, 0.3, 0.4, 0.5):
+        trial = Trial("towers", config={}, stub=True)
+        scheduler.on_trial_add(controller, trial)
+        decided[error] = []
+        for epoch in range(1, 10):
+            line = {"epoch": epoch, "top1_error": error}
+            decided[error].append(scheduler.on_trial_result(controller, trial, line))
+            if decided[error][-1] == scheduler.STOP:
+                break
+    assert decided[0.2] == [scheduler.CONTINUE] * 9
+    assert decided[0.5][-1] == scheduler.STOP
+    assert len(decided[0.5]) < 9
 
 
 def test_a_population_changes_settings_a_little_and_leaves_alone_who_is_done() -> None:

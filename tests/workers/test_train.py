@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ import ray
 from PIL import Image
 
 from datasets import DataError
-from datasets.drawn import draw
+from datasets.drawn import draw, write_drawn
 from datasets.images import encode
 from datasets.shards import open_dataset, write_manifest, write_split
 from datasets.statistics import STATISTICS, sums_of_groups
@@ -394,11 +395,16 @@ def test_bad_images_are_skipped_and_counted(
     assert "row 70" in skipped[0]["faults"][0]
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_at_its_batch(shards: str, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_ends_the_run_at_its_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run without shards, for which they are drawn."""
+    monkeypatch.setattr("workers.data.write_drawn", partial(write_drawn, train=150, val=50))
     with pytest.raises(
         RunFailed, match=r"NotANumber: the loss is (nan|inf) at step \d+, e.*--rate R"
     ) as told:
-        run(tmp_path / "run", shards, rate=1e6, warmup=0, towers=1, checkpoint_every=1)
+        run(tmp_path / "run", "", rate=1e6, warmup=0, towers=1, checkpoint_every=1)
+    assert open_dataset(f"{tmp_path}/run/shards").rows("train") == 150
     step = int(re.findall(r"at step (\d+)", str(told.value))[0])
     assert checkpoints(f"{tmp_path}/run")[-1] == step - 1  # which was being written
 
