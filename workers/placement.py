@@ -66,39 +66,13 @@ def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> 
     GPUs than runs then on fractions of them; their augmenters are a pool's, which takes no CPU from
     them. Raises Lacking that says what is missing.
     """
-    beside = max(1, runs)
     homes = homes_of(nodes)
-    gpus = sum(int(node.get("GPU", 0)) for node in homes)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if gpus else "cpu"
-    towers = config.towers
-    if towers is None:
-        # Runs that share CPUs gain nothing from towers that wait for each other.
-        few = 0 < gpus < 2 * beside if device == "cuda" else runs > 0
-        towers = 1 if config.columns == 1 or few else 2
-    mesh = Mesh(config.replicas, config.stages, towers)
-    everyone = mesh.size * beside
-    if device == "cuda" and gpus < (1 if mesh.size == 1 else everyone):
-        where = " on nodes for towers" if len(homes) < len(nodes) else ""
-        count = 1 if mesh.size == 1 else everyone
-        raise Lacking(
-            f"not enough devices: {count} towers need {count} GPUs, the cluster has {gpus}"
-            f"{where}; --towers 1 holds both towers in one process, --device cpu does without GPUs",
-            [{"GPU": 1}] * count,
-        )
-
+    device, mesh = _towers(nodes, homes, config, runs)
+    everyone = mesh.size * max(1, runs)
     gpu: dict[str, float] = {}
     if device == "cuda":
         homes = [node for node in homes if node.get("GPU", 0)]
-        fraction = _most(lambda share: _fit(homes, {"GPU": share}) >= everyone)
-        gpu["GPU"] = 1 if gpus >= everyone else fraction
-        if not gpu["GPU"]:
-            raise Lacking(
-                f"not enough devices: {everyone} towers do not fit on {gpus} GPUs, "
-                f"{1 / _STEP:g} each at most; take fewer runs at once",
-                [{"GPU": 1}] * everyone,
-            )
+        gpu["GPU"] = _gpu_share(homes, everyone)
     helpers = [node for node in nodes if AUGMENT in node]
     least = 0 if runs else config.fleet[0]
     apart = bool(helpers) and all(node not in homes for node in helpers)
@@ -131,14 +105,69 @@ def decide(nodes: Sequence[dict[str, float]], config: Config, runs: int = 0) -> 
         augmenter[AUGMENT] = SHARE
     inside = 0 if apart else max(0, least - _fit(outside, {"CPU": share}))
     cpus = sum(node.get("CPU", 0) for node in homes) - inside * share
+    threads = max(1, int(min(cpus / everyone, *_alone(homes, tower, everyone))))
+    return Placement(mesh, device, tower, augmenter, threads, apart)
+
+
+def _towers(
+    nodes: Sequence[dict[str, float]],
+    homes: Sequence[dict[str, float]],
+    config: Config,
+    runs: int,
+) -> tuple[str, Mesh]:
+    """What towers run on, and how many of them. Raises Lacking if there are not enough GPUs."""
+    beside = max(1, runs)
+    gpus = _gpus(homes)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    towers = config.towers
+    if towers is None:
+        # Runs that share CPUs gain nothing from towers that wait for each other.
+        few = 0 < gpus < 2 * beside if device == "cuda" else runs > 0
+        towers = 1 if config.columns == 1 or few else 2
+    mesh = Mesh(config.replicas, config.stages, towers)
+    count = 1 if mesh.size == 1 else mesh.size * beside
+    if device == "cuda" and gpus < count:
+        where = " on nodes for towers" if len(homes) < len(nodes) else ""
+        raise Lacking(
+            f"not enough devices: {count} towers need {count} GPUs, the cluster has {gpus}"
+            f"{where}; --towers 1 holds both towers in one process, --device cpu does without GPUs",
+            [{"GPU": 1}] * count,
+        )
+    return device, mesh
+
+
+def _gpus(nodes: Sequence[dict[str, float]]) -> int:
+    return sum(int(node.get("GPU", 0)) for node in nodes)
+
+
+def _gpu_share(homes: Sequence[dict[str, float]], everyone: int) -> float:
+    """The GPUs, or the fraction of one, of each tower. Raises Lacking if that is too small."""
+    gpus = _gpus(homes)
+    if gpus >= everyone:
+        return 1
+    share = _most(lambda share: _fit(homes, {"GPU": share}) >= everyone)
+    if not share:
+        raise Lacking(
+            f"not enough devices: {everyone} towers do not fit on {gpus} GPUs, "
+            f"{1 / _STEP:g} each at most; take fewer runs at once",
+            [{"GPU": 1}] * everyone,
+        )
+    return share
+
+
+def _alone(
+    homes: Sequence[dict[str, float]], tower: dict[str, float], everyone: int
+) -> list[float]:
+    """The cores that towers have for themselves on each of their nodes: none has another node's."""
     left, alone = everyone, []
     for node in sorted(homes, key=lambda node: -node.get("CPU", 0)):  # as Ray fills them
         here = min(left, _fit([node], tower))
         if here:
-            alone.append(node["CPU"] / here)  # none has another node's cores
+            alone.append(node["CPU"] / here)
             left -= here
-    threads = max(1, int(min(cpus / everyone, *alone)))
-    return Placement(mesh, device, tower, augmenter, threads, apart)
+    return alone
 
 
 def homes_of(nodes: Sequence[dict[str, float]]) -> list[dict[str, float]]:

@@ -14,6 +14,7 @@ from workers.gauges import Gauges
 from workers.output import unwritable
 from workers.progress import Progress
 from workers.run import RunFolder
+from workers.timeline import write_profile
 
 if TYPE_CHECKING:
     from workers.towers import Job
@@ -68,12 +69,20 @@ class Record:
         elif kind == "trace":
             self.traces[report["rank"]] = report["spans"]
             if len(self.traces) == self.job.placement.mesh.size:
-                self.progress.say(self.folder.profile(self.traces, self.job.placement.mesh))
+                self.progress.say(self._profile())
                 self.traces = {}
         elif kind == "skipped":
             self.folder.event("skipped", **report)
             for fault in report["faults"]:
                 self.progress.say(f"skipped: {fault}")
+
+    def _profile(self) -> str:
+        """Writes what the towers did in the profiled steps; a line that says so."""
+        mesh, folder = self.job.placement.mesh, self.folder
+        steps = write_profile(f"{folder.local}/profile", self.traces, mesh)
+        if not steps:
+            return "no profile: the run is over before its fourth step"
+        return f"profiled steps {steps[0]} to {steps[-1]}: {folder.url}/profile"
 
     def later(self, work: Callable[[], object]) -> None:
         """Does what the next checkpoint makes up for, if a store or a disk fails now."""

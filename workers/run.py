@@ -17,12 +17,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from datasets import DataError
 from datasets.storage import matching, passing, persistent, remove, said, storage, write_whole
-from pipeline.mesh import Mesh
-from pipeline.tracing import Span, chrome
 from workers.config import Config, UserError
 from workers.errors import RunFailed
 from workers.output import check_folder, claimed, writing
-from workers.timeline import picture
 
 COMPLETE = ".metadata"  # `torch.distributed.checkpoint` writes it last
 STEP = f"step-{8 * '[0-9]'}"  # a checkpoint's folder
@@ -127,27 +124,6 @@ class RunFolder:
         """Those of a kind that there were."""
         lines = read_lines(self.local or self.url, EVENTS)
         return [line for line in lines if line["event"] == kind]
-
-    def profile(self, traces: dict[int, list[Span]], mesh: Mesh) -> str:
-        """profile/trace.json for Chrome or Perfetto, profile/schedule.png of one step. Returns a
-        line that says so.
-        """
-        ranks, names = [traces[rank] for rank in range(mesh.size)], []
-        for rank in range(mesh.size):
-            replica, stage, tower = mesh.place(rank)
-            place = [f"replica {replica}"] if mesh.replicas > 1 else []
-            place += [f"stage {stage}"] if mesh.stages > 1 else []
-            place += [f"tower {'ab'[tower]}"] if mesh.towers > 1 else []
-            names.append(f"rank {rank}: {', '.join(place) or 'both towers'}")
-        steps = sorted({span.step for spans in ranks for span in spans})
-        if not steps:
-            return "no profile: the run is over before its fourth step"
-        os.makedirs(f"{self.local}/profile", exist_ok=True)
-        with open(f"{self.local}/profile/trace.json", "w") as f:
-            json.dump(chrome(ranks, names), f)
-        with open(f"{self.local}/profile/schedule.png", "wb") as f:
-            f.write(picture(ranks, names, steps[len(steps) // 2]))
-        return f"profiled steps {steps[0]} to {steps[-1]}: {self.url}/profile"
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         try:
@@ -322,8 +298,7 @@ def read_scale(run: str) -> str:
 
 def check_visible(run: str) -> None:
     """Raises DataError if this node does not see the run's folder that the driver made."""
-    fs, path = storage(run)
-    if not fs.exists(f"{path}/{CONFIG}"):
+    if not is_run(run):
         raise DataError(
             f"{run} is not there on {ray.util.get_node_ip_address()}: on a cluster a run needs "
             "a folder that all nodes share, or a URL such as s3://bucket/run"

@@ -77,16 +77,10 @@ def train(
             folder.forget_scale()
         elif not folder.new and (wanted := folder.wanted_augmenters()):
             config = folder.config = replace(config, augmenters=wanted)
-        # Nobody was asked, so the weights are to have the bits that they would have had.
         before = _last_start(folder) if deaths else {}
         if before.get("time", 0.0) < since:  # as another command had it
             before = {}
-        alike = {
-            "device": before.get("device", config.device),
-            "towers": int(before["mesh"].rpartition("x")[2]) if before else config.towers,
-        }
-        where = placement.place(replace(config, **alike), progress.say, pool.runs if pool else 0)
-        where = replace(where, threads=before.get("threads") or where.threads)
+        where = _placed(config, before, progress, pool)
         if not config.shards:
             dataset = drawn(folder.url, progress)
         if config.images:
@@ -115,6 +109,19 @@ def train(
         run = _Run(job, fleet, folder, progress, begin, deaths, since, progressed)
         with in_order(partial(setattr, run, "stopping")):
             return run.result()
+
+
+def _placed(
+    config: Config, before: dict[str, Any], progress: Progress, pool: Pool | None
+) -> Placement:
+    """Where the run is to be: on as many towers, threads and the same devices as `before`, if it
+    started already, as the weights are to have the bits that they would have had.
+    """
+    if before:
+        towers = int(before["mesh"].rpartition("x")[2])
+        config = replace(config, device=before.get("device", config.device), towers=towers)
+    where = placement.place(config, progress.say, pool.runs if pool else 0)
+    return replace(where, threads=before.get("threads") or where.threads)
 
 
 def _initial(config: Config) -> Initial:

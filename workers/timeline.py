@@ -1,13 +1,16 @@
-"""The picture of a schedule: a step of every rank on one time axis."""
+"""A profile: what every rank did in some steps, for a browser, and the picture of one step."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.tracing import Span, idle_fraction
+from pipeline.mesh import Mesh
+from pipeline.tracing import Span, chrome, idle_fraction
 
 WIDTH, ROW, LEFT, TOP = 1600, 64, 260, 84
 COLOURS = {
@@ -23,6 +26,27 @@ MEANING = {
     "wait": "waiting for another rank",
     "data": "waiting for data",
 }
+
+
+def write_profile(folder: str, traces: Mapping[int, Sequence[Span]], mesh: Mesh) -> list[int]:
+    """trace.json for Chrome or Perfetto, and schedule.png of one step, of the spans of each rank.
+    Returns the steps that they are of; nothing is written if there are none.
+    """
+    ranks, names = [traces[rank] for rank in range(mesh.size)], []
+    for rank in range(mesh.size):
+        replica, stage, tower = mesh.place(rank)
+        place = [f"replica {replica}"] if mesh.replicas > 1 else []
+        place += [f"stage {stage}"] if mesh.stages > 1 else []
+        place += [f"tower {'ab'[tower]}"] if mesh.towers > 1 else []
+        names.append(f"rank {rank}: {', '.join(place) or 'both towers'}")
+    steps = sorted({span.step for spans in ranks for span in spans})
+    if steps:
+        os.makedirs(folder, exist_ok=True)
+        with open(f"{folder}/trace.json", "w") as f:
+            json.dump(chrome(ranks, names), f)
+        with open(f"{folder}/schedule.png", "wb") as f:
+            f.write(picture(ranks, names, steps[len(steps) // 2]))
+    return steps
 
 
 def picture(ranks: Sequence[Sequence[Span]], names: Sequence[str], step: int) -> bytes:
