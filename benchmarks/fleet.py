@@ -33,7 +33,8 @@ from workers.config import configure
 from workers.feed import Feed
 from workers.fleet import Fleet
 from workers.parts import Part, unpack
-from workers.placement import cluster_nodes, decide
+from workers.placement import decide
+from workers.room import cluster_nodes
 
 BATCH, SECONDS = 128, 8.0  # images; how long each rate is measured, and waited before
 WAIT = 120.0  # seconds that a node has to be used

@@ -50,13 +50,13 @@ def child(shards: str, run: str) -> None:
 
     import ray
 
-    from workers import placement, supervisor
+    from workers import room, supervisor
     from workers.config import configure
 
     done["import"] = time.time()
     note(ray, "init", "ray")
     note(supervisor, "_job", "data")
-    note(placement, "reserve", "room")
+    note(room, "reserve", "room")
     small = {"network": "alexnet-mini", "steps": 2, "log_every": 1}
     supervisor.train(configure({"shards": shards, "run": run, **small}))
     done["end"] = time.time()

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from workers import cluster, placement
+from workers import cluster, placement, room
 from workers.feed import Feed
 from workers.fleet import Fleet
 from workers.towers import Job, TowerActor
@@ -28,7 +28,7 @@ class Actors:
         mesh = job.placement.mesh
         seats = [
             PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-            for bundle in placement.seats(placement.nodes_of(group), mesh)
+            for bundle in placement.seats(room.nodes_of(group), mesh)
         ]
         # Beside the first tower, so that the feed does not go with a node that only augments.
         self.feed = (

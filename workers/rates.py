@@ -13,7 +13,7 @@ from datasets.layout import Dataset
 from datasets.plan import Itinerary
 from datasets.statistics import Statistics, sums_of_groups
 from pipeline.mesh import Mesh
-from workers import placement
+from workers import room
 from workers.actors import Actors, end
 from workers.cluster import connected
 from workers.config import Config
@@ -59,7 +59,7 @@ def measure(
     """
     progress = progress or Progress()
     with connected():
-        where = placement.place(config, progress.say)
+        where = room.place(config, progress.say)
         config = replace(config, towers=where.mesh.towers, cache=0.0)
         some = sums_of_groups(dataset, "train", config.image, range(1), on_error=config.on_error)
         arguments = dataset, config, where, some.finish()
@@ -103,7 +103,7 @@ def _towers(dataset: Dataset, config: Config, where: Placement, statistics: Stat
     mean = statistics.centre(config.build(classes).crop)
     job = Job(config, where, itinerary, classes, mean, "")
     fleet = Fleet(dataset, itinerary, config, where, statistics)
-    group = placement.reserve(where)
+    group = room.reserve(where)
     try:
         with Actors(job, fleet, group) as actors:
             ray.get(actors.feed.open.remote(0))

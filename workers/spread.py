@@ -13,7 +13,7 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from datasets import DataError
 from workers.config import UserError
-from workers.placement import await_room, settle
+from workers.room import await_room, settle
 
 
 def spread(

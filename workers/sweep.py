@@ -20,8 +20,8 @@ from datasets.layout import Dataset
 from pipeline import host
 from workers.config import UserError
 from workers.errors import RunFailed
-from workers.placement import cluster_nodes
 from workers.progress import Progress
+from workers.room import cluster_nodes
 from workers.spread import only_here, spread
 from workers.trained import Trained
 

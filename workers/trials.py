@@ -22,7 +22,7 @@ from ray.tune.search import Searcher
 from datasets.shards import open_dataset
 from datasets.statistics import STATISTICS
 from datasets.storage import matching, storage
-from workers import placement
+from workers import placement, room
 from workers.config import Config, UserError
 from workers.data import check_classes, drawn, known_statistics, measured
 from workers.errors import RunFailed
@@ -83,7 +83,7 @@ def run_trials(
     _silence()
     _Told.progress, _Told.total = progress, plan.count
     parallel = plan.parallel or slots()
-    pool = Pool.started(parallel, placement.cluster_nodes())
+    pool = Pool.started(parallel, room.cluster_nodes())
     function = tune.with_parameters(trial, make=make, pool=pool, folder=folder)
     # A trial's own process only waits; the run inside it asks for its towers' room itself. Tune
     # wants it to ask for something: a byte.
@@ -116,7 +116,7 @@ def run_trials(
             )
         found = [_told(result) for result in tuner.fit()]
         for one in found:  # Tune says nothing of those that the time ends
-            placement.free(one.name)
+            room.free(one.name)
     except tune.TuneError as error:
         last = (str(error).strip().splitlines() or ["no message"])[-1]
         raise RunFailed(f"Ray Tune ended: {last}; what the trials did is kept") from error
@@ -156,7 +156,7 @@ def _id(trial: Any) -> str:
 
 def slots() -> int:
     """How many trials run side by side if nobody says: one a GPU, or else a CPU."""
-    nodes = placement.cluster_nodes()
+    nodes = room.cluster_nodes()
     homes = placement.homes_of(nodes)
     gpus = sum(int(node.get("GPU", 0)) for node in homes)
     return gpus or max(1, int(sum(node.get("CPU", 0) for node in homes)))
@@ -203,10 +203,10 @@ class _Told(tune.Callback):
         )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        placement.free(trial.trial_id)  # one that Tune ends may not come to it
+        room.free(trial.trial_id)  # one that Tune ends may not come to it
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        placement.free(trial.trial_id)
+        room.free(trial.trial_id)
         self.progress.say(f"trial {trial.trial_id} broke off for good")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:

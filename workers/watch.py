@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from workers.placement import settle
+from workers.room import settle
 
 
 class Watch:

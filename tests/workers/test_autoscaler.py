@@ -54,7 +54,7 @@ while True:
 PLACE = """
 import ray
 from workers.config import UserError, configure
-from workers.placement import place
+from workers.room import place
 
 ray.init(log_to_driver=False)
 for replicas in 1, 8:

@@ -25,6 +25,7 @@ from datasets.images import encode
 from datasets.shards import open_dataset, write_manifest, write_split
 from datasets.statistics import STATISTICS, sums_of_groups
 from pipeline.checkpoint import load_weights
+from workers.attempts import Attempts
 from workers.cli import main
 from workers.config import UserError, configure
 from workers.errors import RunFailed
@@ -32,7 +33,7 @@ from workers.gauges import GAUGES
 from workers.placement import decide
 from workers.progress import Progress, result_table
 from workers.run import RunFolder, checkpoints, write_scale
-from workers.supervisor import _Run, train
+from workers.supervisor import train
 from workers.weights import export, import_
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -213,7 +214,7 @@ def test_killed_towers_and_feed_come_back_to_the_same_weights(
 
     monkeypatch.setattr("workers.run.checkpoints", listed)
     monkeypatch.setattr("workers.patience.PAUSES", (0, 0, 0, 0, 1))
-    monkeypatch.setattr("workers.supervisor.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("workers.attempts.LOOK_SECONDS", 0.0)
 
     given = {**SMALL, "shards": shards, "epochs": 20, "steps": 30, "run": f"{tmp_path}/run"}
     given |= {"augmenters": "1:1", "checkpoint_every": 2, "log_every": 1, "restarts": 1}
@@ -249,12 +250,12 @@ def test_a_place_that_does_not_come_back_leaves_a_run_to_be_resumed(
     finished: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has trained, so that it is no mistake of the user's that there is no room."""
-    monkeypatch.setattr("workers.placement.PATIENCE", 1.0)
+    monkeypatch.setattr("workers.room.PATIENCE", 1.0)
     config = configure({}, f"{finished[0]}/config.toml")
     where = replace(decide([{"CPU": 4}], config), tower={"CPU": 4})  # two such are more than all
     job: Any = SimpleNamespace(placement=where, config=config)
     fleet: Any = SimpleNamespace(name="")
-    attempts = _Run(job, fleet, RunFolder(config, resume=True), Progress(), list, 0, 0.0, None)
+    attempts = Attempts(job, fleet, RunFolder(config, resume=True), Progress(), list, 0, 0.0, None)
     with pytest.raises(UserError, match=r"has no room for 2 towers .* or add nodes$"):
         attempts._reserved()
     attempts.made = True
@@ -272,7 +273,7 @@ def test_what_another_tower_would_fail_at_too_is_told(
 
     config = configure({}, f"{finished[0]}/config.toml")
     job: Any = SimpleNamespace(config=config)
-    run = _Run(job, Any, RunFolder(config, resume=True), Progress(), list, 0, 0.0, None)
+    run = Attempts(job, Any, RunFolder(config, resume=True), Progress(), list, 0, 0.0, None)
     with pytest.raises(ray.exceptions.RayActorError) as failed:
         ray.get(Broken.remote().__ray_ready__.remote())
     with pytest.raises(RunFailed, match=r"^ImportError: libcudart.*; the last checkpoint is of s"):
@@ -349,7 +350,7 @@ def test_a_run_that_hung_was_stopped_or_is_out_of_restarts_goes_on_and_its_fleet
     with pytest.raises(RunFailed, match=r"died, once too often; the last checkpoint is of step \d"):
         run(tmp_path / "run", shards, killer, resume=True, **given)
     assert main(["scale", f"{tmp_path}/run", "--augmenters", "1:3"]) == 0
-    monkeypatch.setattr("workers.supervisor.LOOK_SECONDS", 0.0)  # after each report
+    monkeypatch.setattr("workers.attempts.LOOK_SECONDS", 0.0)  # after each report
     scaler = Scaler(tmp_path / "run", {18: "2:2", 23: "1:2"})
     # The same data and schedule to another end: what was done so far is what it would have done.
     config = configure({"steps": 30}, f"{tmp_path}/run/config.toml")
@@ -421,11 +422,11 @@ def test_a_full_cluster_is_said_not_waited_for(
 
     try:
         with monkeypatch.context() as soon:
-            soon.setattr("workers.placement.PATIENCE", 1.0)
+            soon.setattr("workers.room.PATIENCE", 1.0)
             with pytest.raises(UserError, match="cluster has no room for 2 towers with 1 CPU each"):
                 run(tmp_path / "run", shards)
         with monkeypatch.context() as waiting:
-            waiting.setattr("workers.placement._starting", asked)
+            waiting.setattr("workers.room._starting", asked)
             with pytest.raises(RunFailed, match="stopped by SIGTERM before there was room"):
                 run(tmp_path / "run", shards)
         assert not (tmp_path / "run").exists()
@@ -433,7 +434,7 @@ def test_a_full_cluster_is_said_not_waited_for(
         shutil.copytree(finished[0], tmp_path / "run")
         config = configure({"run": f"{tmp_path}/run"}, f"{tmp_path}/run/config.toml")
         with monkeypatch.context() as soon:
-            soon.setattr("workers.placement.PATIENCE", 1.0)
+            soon.setattr("workers.room.PATIENCE", 1.0)
             with pytest.raises(RunFailed, match=r"no room for .*checkpoint is of step 6: --resume"):
                 train(config, resume=True, deaths=1)
         with open(tmp_path / "run/events.jsonl", "a") as events:
