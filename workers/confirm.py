@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -45,9 +44,7 @@ def confirm(
     }
     if configs:
         progress.say(f"the best recipe and the one before, from {seeds} seeds each")
-        # Tune's own notes of each attempt apart; the runs themselves know what is done.
-        name = f"confirm/tune/{time.strftime('%Y%m%d-%H%M%S')}"
-        run_all(configs, folder, progress, name=name, parallel=parallel)
+        run_all(configs, folder, progress, name="confirm/tune", parallel=parallel)
     histories = {place: read_history(run, goal=False) for place, run in places.items()}
     errors = {
         name: {s: one.top1_error for (of, s), one in histories.items() if of == name and one.done}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -89,12 +88,11 @@ class Lab:
         if not configs:
             return
         self.progress.say(f"to run: {len(configs)}")
-        # Tune's own notes of each attempt apart; the runs themselves know what is done.
         failures = run_all(
             configs,
             self.folder,
             self.progress,
-            name=f"tune/{time.strftime('%Y%m%d-%H%M%S')}",
+            name="tune",
             parallel=self.parallel,
             stop=partial(_at_goal, frozenset(ending)),
         )

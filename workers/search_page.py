@@ -11,12 +11,8 @@ from workers.charts import text
 from workers.page import page
 from workers.space import Domain, Space
 
-WIDTH, PLOT, TOP, SIDE = (
-    1000,
-    260,
-    30,
-    70,
-)  # of the figure, between its axes, and margins, in pixels
+# Pixels: of the figure, between its axes, and margins.
+WIDTH, PLOT, TOP, SIDE = 1000, 260, 30, 70
 MARKS = 5  # on an axis without choices
 
 ABOUT = (
@@ -86,7 +82,7 @@ def coordinates(
         share = (line["top1_error"] - low) / (high - low) if high > low else 0.0
         stroke = f"color-mix(in srgb, var(--s1) {100 * share:.0f}%, var(--s0))"
         style = f"stroke:{stroke};opacity:{0.35 if line['state'] == 'ended early' else 0.9}"
-        if line is best or line == best:
+        if line == best:
             style += ";stroke-width:4;opacity:1"
         dashes = ' stroke-dasharray="6 4"' if recipe and line == recipe else ""
         told = html.escape(f"{line['trial']}: {line['top1_error']:.2%}, {_told(line['settings'])}")
@@ -104,8 +100,8 @@ def coordinates(
 def _place(domain: Domain, value: Any) -> float:
     """How far up its axis a value stands, 0 to 1; one outside the domain at the nearer end."""
     if domain.choices:
-        choices = list(map(_hashable, domain.choices))
-        value = _hashable(value)
+        choices = list(map(_as_tuple, domain.choices))
+        value = _as_tuple(value)
         return (choices.index(value) + 0.5) / len(choices) if value in choices else 0.0
     low, high = domain.low, domain.high
     if domain.log:
@@ -113,7 +109,7 @@ def _place(domain: Domain, value: Any) -> float:
     return min(max((value - low) / (high - low), 0.0), 1.0)
 
 
-def _hashable(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 

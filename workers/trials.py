@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def run_trials(
     Raises RunFailed if Tune itself fails.
     """
     _silence()
-    _Told.progress, _Told.total = progress, plan.count
+    _Announcer.progress, _Announcer.total = progress, plan.count
     parallel = plan.parallel or slots()
     pool = Pool.started(parallel, room.cluster_nodes())
     function = tune.with_parameters(trial, make=make, pool=pool, folder=folder)
@@ -111,10 +112,10 @@ def run_trials(
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=FAILURES),
                     stop=_Stop(plan.stop) if plan.stop else None,
-                    callbacks=[_Told()],
+                    callbacks=[_Announcer()],
                 ),
             )
-        found = [_told(result) for result in tuner.fit()]
+        found = [_trial_of(result) for result in tuner.fit()]
         for one in found:  # Tune says nothing of those that the time ends
             room.free(one.name)
     except tune.TuneError as error:
@@ -138,6 +139,8 @@ def run_all(
     wrong by run.
     """
     plan = Plan({"run": tune.grid_search(list(configs))}, parallel=parallel, stop=stop)
+    # Tune's own notes of each attempt apart; the runs themselves know what is done.
+    name = f"{name}/{time.strftime('%Y%m%d-%H%M%S')}"
     trials = run_trials(partial(_of, configs), plan, folder, progress, name=name)
     return {trial.settings["run"]: trial.failed for trial in trials if trial.failed}
 
@@ -183,7 +186,7 @@ def prepare_data(configs: Sequence[Config], folder: str, progress: Progress) -> 
     return shards
 
 
-class _Told(tune.Callback):
+class _Announcer(tune.Callback):
     """A line for each report of a trial. Tune keeps its callbacks in a file and makes them anew
     from that, so that whom to tell is known by the class.
     """
@@ -233,13 +236,13 @@ def _restored(place: str, trainable: Any, progress: Progress) -> Any:
         progress.say("no trial had begun: from the start")
         return None
     tuner = tune.Tuner.restore(place, trainable, resume_errored=True)
-    found = [_told(result) for result in tuner.get_results()]
+    found = [_trial_of(result) for result in tuner.get_results()]
     known = sum(bool(trial.report or trial.failed) for trial in found)
     progress.say(f"{len(found)} trials restored, {known} of them with results")
     return tuner
 
 
-def _told(result: Any) -> Trial:
+def _trial_of(result: Any) -> Trial:
     report = dict(result.metrics or {})
     lines = str(result.error or "").strip().splitlines()
     failed = report.pop("why", "") or (lines[-1] if lines else "")
