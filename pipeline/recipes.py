@@ -186,7 +186,8 @@ def alexnet_2012() -> dict[str, Any]:
 
 
 def alexnet_mini() -> dict[str, Any]:
-    """`towers train`: the drawn data set on two cores, about 1% top-1 error in one to three minutes.
+    """`towers train`: the drawn data set on two cores, about 1% top-1 error in one to three
+    minutes.
 
     Batches of 64, as the first two hundred steps pass at chance, whatever they hold.
     """

@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
         try:
             sys.stdout.flush()
         except OSError as error:  # whoever read our output has seen enough, or is gone
+            from workers.output import FULL
+
             if error.errno in FULL:
                 raise
         _closed()
@@ -58,6 +60,7 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
         return 2
     except Exception as error:
         from datasets.storage import passing, refused, said
+        from workers.output import FULL
 
         if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO) and _closed():
             return 1
@@ -79,8 +82,6 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
         print(f"towers: interrupted{args.again and f'; {args.again}'}", file=sys.stderr)
         return 1
 
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 EMPTY = ("again", "arguments", "address", "cuts", "freeze", "init")
 """Arguments that may be empty: a job's own, and what is to be off though a file sets it."""

@@ -116,8 +116,13 @@ file's if the setting is given by name.
 """
 
 
+COMPLETE = {f.name for f in fields(Recipe) if f.default not in (None, ())}
+"""Settings that the file of every run has."""
+
+
 def configure(given: dict[str, Any], file: str | None = None, *, goes_on: bool = False) -> Config:
-    """The recipe of the network, under what a TOML file says, under what is `given` by name.
+    """The recipe of the network, under what a TOML file says, under what is `given` by name. Of the
+    file of a run the recipe is what was then.
 
     Other `epochs` than the recipe's or the file's bring the schedule's `drops` with them, unless
     the file is that of a run that goes on. Raises UserError for an unknown field, a value of
@@ -132,6 +137,8 @@ def configure(given: dict[str, Any], file: str | None = None, *, goes_on: bool =
     if name not in RECIPES:
         raise UserError(f"network is {name!r}: one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]()
+    if chosen.keys() >= COMPLETE:  # what such a file lacks was unset, whatever the recipe sets now
+        recipe = {name: value for name, value in recipe.items() if name in {*COMPLETE, "drops"}}
     for option, value, without in VOID:
         below = (recipe, chosen) if option in given else (recipe,)
         for under, field in product(below, without.difference(given)):

@@ -15,6 +15,9 @@ from fsspec.implementations.local import LocalFileSystem
 from datasets.storage import passing, refused, storage, whole, write_whole
 from workers.config import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when it takes no more."""
+
 
 def same(one: str, other: str) -> bool:
     """Whether two paths or URLs lead to one place."""

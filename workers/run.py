@@ -145,10 +145,13 @@ class RunFolder:
         except Exception:  # whatever it is, the run has no need of it
             return ""
 
-    def forget_scale(self) -> None:
-        """Drops what `towers scale` asked for: whoever resumes the run says otherwise."""
-        with writing(self.url), suppress(FileNotFoundError):
-            self.fs.rm_file(f"{self.path}/{SCALE}")
+    def forget_scale(self, augmenters: str) -> None:
+        """Drops what `towers scale` asked for, if that is still this: whoever resumes the run says
+        otherwise.
+        """
+        if augmenters and self.wanted_augmenters() == augmenters:
+            with writing(self.url), suppress(FileNotFoundError):
+                self.fs.rm_file(f"{self.path}/{SCALE}")
 
     def publish(self) -> None:
         """Copies what was written so far to the run's URL, if it has one."""
@@ -279,11 +282,13 @@ def write_scale(run: str, augmenters: str) -> bool:
     if not is_run(run):
         raise UserError(f"{run}: no run there")
     fs, path = storage(run)
+    if "://" in run:
+        goes_on = [event["event"] for event in read_lines(run, EVENTS)][-1:] != ["end"]
+    else:
+        goes_on = occupied(run)
     with writing(run):
         write_whole(fs, f"{path}/{SCALE}", augmenters.encode())
-    if "://" not in run:
-        return occupied(run)
-    return [event["event"] for event in read_lines(run, EVENTS)][-1:] != ["end"]
+    return goes_on
 
 
 def read_scale(run: str) -> str:

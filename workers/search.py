@@ -144,16 +144,15 @@ def search(folder: str, wanted: Search | None, progress: Progress | None = None)
     progress = progress or Progress()
     resume = wanted is None
     todo = wanted or _kept(folder)
-    fs, path = storage(folder)
     if wanted:
-        if fs.exists(f"{path}/{SEARCH}"):
-            raise UserError(f"{folder} already holds a search: --resume it, or name another")
+        _check_new(folder)
         if todo.fixed.get("shards"):
             open_dataset(todo.fixed["shards"])  # before anything is made or started
-    config = todo.config({}, folder)
-    if wanted:
-        _keep(folder, wanted)
     with connected():
+        config = todo.config({}, folder)
+        if wanted:
+            _check_new(folder)  # another may have begun meanwhile
+            _keep(folder, wanted)
         parallel = todo.parallel or slots()
         with alone(folder, SEARCH):
             shards = prepare_data([config], folder, progress)
@@ -261,6 +260,12 @@ def _drawn(domain: Domain) -> Any:
         draw = tune.lograndint if domain.log else tune.randint
         return draw(int(domain.low), int(domain.high) + 1)
     return (tune.loguniform if domain.log else tune.uniform)(domain.low, domain.high)
+
+
+def _check_new(folder: str) -> None:
+    fs, path = storage(folder)
+    if fs.exists(f"{path}/{SEARCH}"):
+        raise UserError(f"{folder} already holds a search: --resume it, or name another")
 
 
 def _keep(folder: str, wanted: Search) -> None:

@@ -57,14 +57,14 @@ def train(
     folder = RunFolder(config, resume=None if deaths else resume)
     initial = _initial(config) if config.init and not folder.checkpoints() else None
     with connected(), folder.held(progress.say):
-        if sized and not deaths:
-            folder.forget_scale()
-        elif not folder.new and (wanted := folder.wanted_augmenters()):
-            config = folder.config = replace(config, augmenters=wanted)
         before = last_start(folder) if deaths else {}
         if before.get("time", 0.0) < since:  # as another command had it
             before = {}
         where = _placed(config, before, progress, pool)
+        asked = "" if folder.new else folder.wanted_augmenters()
+        superseded = asked if sized and not before else ""
+        if asked and not superseded:  # of a fleet, any size: as many run as find room
+            config = folder.config = replace(config, augmenters=asked)
         if not config.shards:
             dataset = drawn(folder.url, progress)
         if config.images:
@@ -83,6 +83,7 @@ def train(
             progress.say(f"no val or test split: nothing is evaluated{fixed}")
 
         def begin() -> None:
+            folder.forget_scale(superseded)
             classes = classes_of(dataset)
             keep(folder.url, classes, statistics)
             if initial:

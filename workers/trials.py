@@ -82,7 +82,7 @@ def run_trials(
     Raises RunFailed if Tune itself fails.
     """
     _silence()
-    _Announcer.progress, _Announcer.total = progress, plan.count
+    _Told.progress, _Told.total = progress, plan.count
     parallel = plan.parallel or slots()
     pool = Pool.started(parallel, room.cluster_nodes())
     function = tune.with_parameters(trial, make=make, pool=pool, folder=folder)
@@ -112,7 +112,7 @@ def run_trials(
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=FAILURES),
                     stop=_Stop(plan.stop) if plan.stop else None,
-                    callbacks=[_Announcer()],
+                    callbacks=[_Told()],
                 ),
             )
         found = [_trial_of(result) for result in tuner.fit()]
@@ -186,7 +186,7 @@ def prepare_data(configs: Sequence[Config], folder: str, progress: Progress) -> 
     return shards
 
 
-class _Announcer(tune.Callback):
+class _Told(tune.Callback):
     """A line for each report of a trial. Tune keeps its callbacks in a file and makes them anew
     from that, so that whom to tell is known by the class.
     """

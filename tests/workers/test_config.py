@@ -140,6 +140,18 @@ def test_files_that_cannot_be(text: str, message: str, tmp_path: Path) -> None:
         configure({}, str(file))
 
 
+def test_what_a_complete_file_lacks_was_unset(tmp_path: Path) -> None:
+    """As in that of a run by a version whose recipe left it so."""
+    text = configure({"network": "cifar", "run": "r"}).to_toml()
+    old = "".join(line for line in text.splitlines(True) if not line.startswith("lrn_alpha"))
+    (tmp_path / "old.toml").write_text(old)
+    assert configure({"network": "cifar"}).lrn_alpha == 0.1
+    assert configure({}, f"{tmp_path}/old.toml").lrn_alpha is None
+    part = "".join(line for line in old.splitlines(True) if not line.startswith("rate"))
+    (tmp_path / "part.toml").write_text(part)
+    assert configure({}, f"{tmp_path}/part.toml").lrn_alpha == 0.1
+
+
 @pytest.mark.parametrize(
     ("place", "message"),
     [

@@ -312,8 +312,11 @@ def test_a_fleet_that_was_asked_for_is_kept_until_another_is() -> None:
     assert configure({}, f"{config.run}/config.toml").augmenters == "2:3"
     write_scale(config.run, "many")
     assert folder.wanted_augmenters() == ""
+    write_scale(config.run, "3:4")
+    folder.forget_scale("2:3")  # another was asked for meanwhile
+    assert read_scale(config.run) == "3:4"
     for _ in range(2):
-        folder.forget_scale()
+        folder.forget_scale("3:4")
         assert read_scale(config.run) == ""
     folder.event("end")
     folder.close()

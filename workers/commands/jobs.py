@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import shlex
@@ -63,6 +64,7 @@ def _client(args: argparse.Namespace) -> Iterator[JobSubmissionClient]:
 
     from workers.errors import RunFailed, first_line
     from workers.jobs import DROPPED, Unwritten, connect
+    from workers.output import FULL
     from workers.tunnel import tunnel
 
     logging.disable(logging.WARNING)  # what Ray tells of itself, by loggers that it sets itself
@@ -76,6 +78,8 @@ def _client(args: argparse.Namespace) -> Iterator[JobSubmissionClient]:
         except Unwritten as error:
             raise error.args[0] from None
         except (*DROPPED, RuntimeError, AuthenticationError) as error:
+            if getattr(error, "errno", None) in (errno.EPIPE, *FULL):
+                raise  # of our own output
             raise RunFailed(f"{address}: the cluster failed: {first_line(error)}") from None
 
 
