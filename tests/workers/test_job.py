@@ -94,7 +94,7 @@ def dashboard(
         for process in reversed(started):
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(5)
+                process.wait(2)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
 

@@ -434,6 +434,7 @@ def test_a_full_cluster_is_said_not_waited_for(
         # A supervisor that is started again makes the run what it was, or says that it goes on.
         shutil.copytree(finished[0], tmp_path / "run")
         config = configure({"run": f"{tmp_path}/run"}, f"{tmp_path}/run/config.toml")
+        write_scale(config.run, "39:39")  # of which as many run as find room
         with monkeypatch.context() as soon:
             soon.setattr("workers.room.PATIENCE", 1.0)
             with pytest.raises(RunFailed, match=r"no room for .*checkpoint is of step 6: --resume"):
