@@ -286,7 +286,10 @@ def test_who_has_no_credentials_is_told_in_a_line(
     fsspec.filesystem("s3").clear_instance_cache()
 
 
-def test_a_run_that_died_before_it_published_a_line_goes_on() -> None:
+def test_a_run_that_died_before_it_published_a_line_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where it leaves its lines
     config = configure({"network": "alexnet-mini", "run": "memory://died/run"})
     RunFolder(config, resume=False).create()
     folder = RunFolder(config, resume=True)
