@@ -26,7 +26,7 @@ test: $(STAMP)
 # Tables of figures and ratios, in bench/ as JSON and Markdown with the machine's description.
 bench: $(STAMP)
 	mkdir -p bench
-	for name in step stream remote scaling startup; do \
+	failed=; for name in step stream remote scaling startup; do \
 	  $(BIN)/python benchmarks/$$name.py --json bench/$$name.json || failed="$$failed $$name"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 

@@ -31,8 +31,9 @@ import torch.distributed as dist
 from pipeline import checkpoint, host
 from pipeline.crossing import Pair
 from pipeline.mesh import Mesh
-from pipeline.network import Layer, Network, Pool, build, cut
+from pipeline.network import Layer, Network, Pool, build
 from pipeline.optimizer import SGD
+from pipeline.stages import cut
 from pipeline.tower import Tower
 from pipeline.tracing import Span, idle_fraction
 from pipeline.training import Images, Trainer

@@ -226,13 +226,17 @@ def fleet(shards: str, cores: int, cache: float = 0.0) -> Batches:
             yield part.batch.crops
 
 
+class LeftOut(Exception):
+    """A stream that is not what its name says."""
+
+
 def cached(shards: str, cores: int) -> Batches:
     with tempfile.TemporaryDirectory(dir=Path(shards).parent) as place:
         # Ray's own files stay where its sockets' names are short enough.
         os.environ |= {"RAY_TMPDIR": os.environ.get("RAY_TMPDIR", "/tmp"), "TMPDIR": place}
         for batch in fleet(shards, cores, cache=2.0):
             if place and disk_bytes(place) < 0.9 * rows(shards) * SIZE**2 * 3:
-                raise ImportError("the disk has no room to keep its images")
+                raise LeftOut("the disk has no room to keep its images")
             place = ""  # it was looked at
             yield batch
 
@@ -276,7 +280,7 @@ def rate(name: str, shards: str, cores: int, seconds: float) -> float | None:
                     break
             elif now - first > seconds / 2:  # what was made ahead is gone, all workers run
                 start = now
-    except ImportError as error:
+    except (ImportError, LeftOut) as error:
         print(f"{name}: left out ({error})", file=sys.stderr)
         return None
     return images / (time.perf_counter() - start)

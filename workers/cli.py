@@ -15,6 +15,9 @@ from datasets import DataError
 from workers.commands import completion, data, jobs, planning, results, search, training, weights
 from workers.config import UserError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says when it takes no more."""
+
 COMMANDS = (training, planning, data, results, search, weights, jobs, completion)
 
 
@@ -41,8 +44,6 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
         try:
             sys.stdout.flush()
         except OSError as error:  # whoever read our output has seen enough, or is gone
-            from workers.output import FULL
-
             if error.errno in FULL:
                 raise
         _closed()
@@ -60,7 +61,6 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
         return 2
     except Exception as error:
         from datasets.storage import passing, refused, said
-        from workers.output import FULL
 
         if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO) and _closed():
             return 1

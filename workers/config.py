@@ -15,8 +15,8 @@ from typing import Any
 import fsspec
 
 from pipeline.mesh import Mesh
-from pipeline.network import cut
 from pipeline.recipes import RECIPES, Recipe, setting
+from pipeline.stages import cut
 
 NOWHERE = "memory://"  # the run of what makes none
 
@@ -116,7 +116,7 @@ file's if the setting is given by name.
 """
 
 
-COMPLETE = {f.name for f in fields(Recipe) if f.default not in (None, ())}
+WRITTEN = {f.name for f in fields(Recipe) if f.default not in (None, ())}
 """Settings that the file of every run has."""
 
 
@@ -137,8 +137,8 @@ def configure(given: dict[str, Any], file: str | None = None, *, goes_on: bool =
     if name not in RECIPES:
         raise UserError(f"network is {name!r}: one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]()
-    if chosen.keys() >= COMPLETE:  # what such a file lacks was unset, whatever the recipe sets now
-        recipe = {name: value for name, value in recipe.items() if name in {*COMPLETE, "drops"}}
+    if chosen.keys() >= WRITTEN:  # what such a file lacks was unset, whatever the recipe sets now
+        recipe = {name: value for name, value in recipe.items() if name in {*WRITTEN, "drops"}}
     for option, value, without in VOID:
         below = (recipe, chosen) if option in given else (recipe,)
         for under, field in product(below, without.difference(given)):

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from datasets.augmentation import Batch
 from datasets.layout import Dataset
 from datasets.shards import open_dataset
-from datasets.storage import said
 from pipeline.evaluation import Verdicts, average, judge
 from workers.cluster import connected
 from workers.config import UserError
@@ -31,7 +30,7 @@ from workers.data import (
     training_data,
 )
 from workers.evaluation_file import write_evaluation
-from workers.output import unwritable
+from workers.output import attempted
 from workers.progress import Progress
 from workers.spread import only_here
 from workers.sweep import OnError, Swept, Work, checked_views, pick_split, sweep, usable_gpus
@@ -120,12 +119,9 @@ def complete(network: Trained, dataset: Dataset, progress: Progress) -> Trained:
     if not statistics:
         one = {"CPU": 1.0}
         statistics = measured(trained_on, network.config, one, progress)
-    try:
+    lost = f"{network.run} cannot keep what was found of its data"
+    with attempted(lambda why: progress.say(f"{lost}: {why}")):
         keep(network.run, classes, statistics)
-    except Exception as error:
-        if not unwritable(error):
-            raise
-        progress.say(f"{network.run} cannot keep what was found of its data: {said(error)}")
     return replace(network, classes=classes, statistics=statistics)
 
 

@@ -16,9 +16,9 @@ from datasets import DataError
 from datasets.augmentation import evaluation_views
 from datasets.images import decode, encode, fit
 from datasets.rows import Rows
-from datasets.storage import said, storage, write_whole
+from datasets.storage import storage, write_whole
 from pipeline.evaluation import Verdicts, best
-from workers.output import unwritable
+from workers.output import attempted
 from workers.progress import Progress
 from workers.sweep import Work
 from workers.trained import Trained
@@ -64,12 +64,9 @@ def write_evaluation(
         if len(work.networks) > 1:
             kept["average"] = result
         fs, path = storage(network.run)
-        try:
+        lost = f"{network.run}: the evaluation cannot be kept there"
+        with attempted(lambda why, lost=lost: progress.say(f"{lost}: {why}")):  # type: ignore[misc]
             write_whole(fs, f"{path}/{EVALUATION}", (json.dumps(kept) + "\n").encode())
-        except Exception as error:
-            if not unwritable(error):
-                raise
-            progress.say(f"{network.run}: the evaluation cannot be kept there: {said(error)}")
     return result
 
 

@@ -11,7 +11,7 @@ import tempfile
 import time
 from importlib.metadata import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import aiohttp
 import ray
@@ -32,6 +32,15 @@ DROPPED = (OSError, requests.RequestException, aiohttp.ClientError)  # of a conn
 
 class Unwritten(Exception):
     """Our own output cannot be written, by the OSError that it is made of."""
+
+
+def tell(text: str, stream: TextIO) -> None:
+    """Writes to a stream of ours. Raises Unwritten."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        raise Unwritten(error) from None
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -147,11 +156,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
     def write(text: str, start: int) -> None:
         """What is new of a text that begins at this character of the log."""
         nonlocal written
-        try:
-            sys.stdout.write(text[max(0, written - start) :])
-            sys.stdout.flush()
-        except OSError as error:
-            raise Unwritten(error) from None
+        tell(text[max(0, written - start) :], sys.stdout)
         written = max(written, start + len(text))
 
     async def tail() -> None:

@@ -6,17 +6,14 @@ import errno
 import fcntl
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from datasets.storage import passing, refused, storage, whole, write_whole
+from datasets.storage import passing, refused, said, storage, whole, write_whole
 from workers.config import UserError
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says when it takes no more."""
 
 
 def same(one: str, other: str) -> bool:
@@ -139,9 +136,15 @@ def alone(folder: str, name: str) -> Iterator[None]:
         yield
 
 
-def unwritable(error: BaseException) -> bool:
-    """Whether a disk or a store does not take what is written, or not now."""
-    return isinstance(error, OSError) or passing(error) or refused(error)
+@contextmanager
+def attempted(say: Callable[[str], object]) -> Iterator[None]:
+    """Within it what a disk or a store does not take is said, and given up."""
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, OSError) or passing(error) or refused(error)):
+            raise
+        say(said(error))
 
 
 @contextmanager

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from datasets.storage import said
 from pipeline.tracing import Span
 from workers.gauges import Gauges
-from workers.output import unwritable
+from workers.output import attempted
 from workers.progress import Progress
 from workers.run import RunFolder
 from workers.timeline import write_profile
@@ -86,12 +85,8 @@ class Record:
 
     def later(self, work: Callable[[], object]) -> None:
         """Does what the next checkpoint makes up for, if a store or a disk fails now."""
-        try:
+        with attempted(lambda why: self.progress.say(f"{self.folder.url}: {why}; later again")):
             work()
-        except Exception as error:
-            if not unwritable(error):
-                raise
-            self.progress.say(f"{self.folder.url}: {said(error)}; later again")
 
     def end(self, step: int, sha: str, restarts: int) -> dict[str, Any]:
         """The run's result, which is its last event too; `sha` is of the weights of `step`."""

@@ -28,9 +28,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from pipeline.crossing import Pair
 from pipeline.mesh import Mesh
 from pipeline.network import Network
-from pipeline.network import cut as cut_network
 from pipeline.optimizer import SGD
 from pipeline.schedule import Kind, Line
+from pipeline.stages import cut as cut_network
 from pipeline.tower import Tower
 from pipeline.training import Images, Totals, Trainer
 from pipeline.waiting import TIMEOUT

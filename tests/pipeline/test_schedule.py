@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.description import describe
 from pipeline.mesh import Mesh
-from pipeline.network import NETWORKS, Network, build, cut
+from pipeline.network import NETWORKS, Network, build
 from pipeline.schedule import Kind, order
+from pipeline.stages import cut
 from pipeline.tower import Tower
 
 

@@ -16,6 +16,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from tests.workers.waiting import until
 from workers.config import configure
 from workers.progress import Progress
 from workers.run import checkpoints
@@ -56,13 +57,6 @@ def trained(run: Path) -> list[dict[str, Any]]:
 
 def fleets(run: Path) -> list[dict[str, Any]]:
     return [event for event in lines(run, "events.jsonl") if event["event"] == "fleet"]
-
-
-def until(true: Callable[[], Any], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 class Enough(Exception):

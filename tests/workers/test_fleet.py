@@ -21,6 +21,7 @@ from datasets.plan import Itinerary
 from datasets.shards import open_dataset
 from datasets.statistics import Statistics
 from pipeline.mesh import Mesh
+from tests.workers.waiting import until
 from workers.config import configure
 from workers.feed import CALM_SECONDS, Feed
 from workers.fleet import Fleet, part_bytes, store_bytes
@@ -61,13 +62,21 @@ def digests(made: Fleet, start: int = 0) -> dict[tuple[int, int], str]:
     return {(index, replica): digest(part) for index, replica, part in stream(made, start)}
 
 
+def loaded(made: Fleet) -> Iterator[Part]:
+    """The parts of each item in order, made in this process without Ray, of one replica."""
+    loaders: dict = {}
+    for index in range(len(made.itinerary)):
+        yield made.load(index, 0, loaders)
+
+
+def digests_without_ray(made: Fleet) -> dict[tuple[int, int], str]:
+    return {(index, 0): digest(part) for index, part in enumerate(loaded(made))}
+
+
 @pytest.fixture(scope="module")
 def alone(shards: str) -> dict[tuple[int, int], str]:
     """What the plan says, made in this process without Ray, each image decoded each time."""
-    made = fleet(shards, cache=0.0)
-    loaders: dict = {}
-    items = range(len(made.itinerary))
-    return {(i, 0): digest(made.load(i, 0, loaders)) for i in items}
+    return digests_without_ray(fleet(shards, cache=0.0))
 
 
 def test_fleets_of_any_size_make_the_same_batches(
@@ -89,10 +98,10 @@ def test_a_stream_of_many_executions_is_one_stream(
 
 def test_every_row_comes_once_an_epoch_and_once_an_evaluation(shards: str) -> None:
     """In the batches that every fleet makes."""
-    made, loaders = fleet(shards), {}
+    made = fleet(shards)
     seen: dict[tuple[str, int], list[int]] = {}
-    for index in range(len(made.itinerary)):
-        item, part = made.itinerary.item(index), made.load(index, 0, loaders)
+    for index, part in enumerate(loaded(made)):
+        item = made.itinerary.item(index)
         seen.setdefault((item.split, item.epoch), []).extend(part.batch.rows.tolist())
     for (split, _), rows in seen.items():
         assert sorted(rows) == list(range(made.dataset.rows(split)))
@@ -100,8 +109,7 @@ def test_every_row_comes_once_an_epoch_and_once_an_evaluation(shards: str) -> No
 
 
 def test_replicas_get_the_parts_of_the_same_batch(shards: str, cluster: None) -> None:
-    made, loaders = fleet(shards, epochs=1), {}
-    whole = [made.load(index, 0, loaders).batch for index in range(len(made.itinerary))]
+    whole = [part.batch for part in loaded(fleet(shards, epochs=1))]
     nodes = [{"CPU": 8.0}]
     config = configure({"run": "r", "replicas": 2, "batch": 16})
     parts = list(stream(fleet(shards, decide(nodes, config), epochs=1, replicas=2)))
@@ -120,9 +128,8 @@ def test_a_killed_augmenter_changes_nothing(
     shards: str, cluster: None, processes: Callable[[str], list[int]]
 ) -> None:
     """Killed with blocks in hand, and far more to come than can be made ahead."""
-    made, loaders = fleet(shards, augmenters="2:2", epochs=20), {}
-    items = range(len(made.itinerary))
-    alone = {(index, 0): digest(made.load(index, 0, loaders)) for index in items}
+    made = fleet(shards, augmenters="2:2", epochs=20)
+    alone = digests_without_ray(made)
     found, killed, started = {}, set[int](), set[int]()
     before = set(processes("ray::MapWorker"))
     for index, replica, part in stream(made):
@@ -138,13 +145,6 @@ def test_a_killed_augmenter_changes_nothing(
     assert len(killed) == 2
     assert found == alone
     assert len(started) == 2  # in place of those
-
-
-def until(true: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import shlex
@@ -64,7 +63,6 @@ def _client(args: argparse.Namespace) -> Iterator[JobSubmissionClient]:
 
     from workers.errors import RunFailed, first_line
     from workers.jobs import DROPPED, Unwritten, connect
-    from workers.output import FULL
     from workers.tunnel import tunnel
 
     logging.disable(logging.WARNING)  # what Ray tells of itself, by loggers that it sets itself
@@ -78,8 +76,6 @@ def _client(args: argparse.Namespace) -> Iterator[JobSubmissionClient]:
         except Unwritten as error:
             raise error.args[0] from None
         except (*DROPPED, RuntimeError, AuthenticationError) as error:
-            if getattr(error, "errno", None) in (errno.EPIPE, *FULL):
-                raise  # of our own output
             raise RunFailed(f"{address}: the cluster failed: {first_line(error)}") from None
 
 
@@ -88,10 +84,11 @@ def _submit(args: argparse.Namespace) -> int:
 
     with _client(args) as client:
         if note := jobs.check_python(client):
-            print(note, file=sys.stderr)
+            jobs.tell(f"{note}\n", sys.stderr)
         size = jobs.package_size(".") / 2**20
         job = jobs.submit(client, ".", shlex.join(["towers", *args.arguments]))
-        print(f"{job}: a package of {size:.2f} MiB; `towers logs {job}` shows it", file=sys.stderr)
+        sent = f"{job}: a package of {size:.2f} MiB; `towers logs {job}` shows it\n"
+        jobs.tell(sent, sys.stderr)
         code = jobs.follow(client, job)
     return show(args, "", {"job": job, "exit_code": code}) or code
 
