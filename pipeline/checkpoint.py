@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from pipeline import NotANumber
 from pipeline.checkpoint_files import Shares, dcp, load_planner, reader, save_planner, writer
 from pipeline.network import Network
 from pipeline.optimizer import SGD
@@ -46,7 +47,9 @@ def save(
 ) -> None:
     """Writes the state to a folder (path or fsspec URL); every rank of the mesh takes part.
 
-    `progress`: what JSON can hold, such as the position in the data.
+    `progress`: what JSON can hold, such as the position in the data. Raises, on every rank alike
+    and with nothing that is a checkpoint left, NotSaved, and NotANumber for weights or momenta that
+    are none: a step whose loss is finite may make them.
     """
     state = _state(tower, optimizer, optimizer.rate, json.dumps(progress))
     _dump(path, state, _shares(tower), None, alone=mesh is None)
@@ -70,7 +73,10 @@ class Writer:
         self._failure: BaseException | None = None
 
     def save(self, path: str, tower: Tower, optimizer: SGD, progress: dict[str, Any]) -> None:
-        """Starts to write the state as it is now, as `save` of this module does."""
+        """Starts to write the state as it is now, as `save` of this module does.
+
+        Raises what `finish` does, of the one before.
+        """
         start = time.perf_counter()
         self.finish()
         self._complete.clear()
@@ -89,7 +95,7 @@ class Writer:
     def finish(self) -> bool:
         """Waits for the one that is being written, if there is one; tells whether there was.
 
-        Raises NotSaved if it could not be written.
+        Raises NotSaved if it could not be written, NotANumber if it is of none.
         """
         if self._thread is None:
             return False
@@ -129,32 +135,33 @@ def load(path: str, tower: Tower, optimizer: SGD, mesh: DeviceMesh | None) -> di
     Layers that were frozen when it was saved have no momentum in it, and start anew. Raises
     ValueError, naming a parameter, if it is of another network, Damaged if it cannot be read.
     """
-    check(path, tower.network)
+    found = _opened(path)
+    saved = _saved(found)
+    _check(path, saved, tower.network)
     state: dict[str, Any] = {**_tensors(tower, optimizer), "rate": 0.0, "progress": ""}
-    saved = _metadata(path)
     for name in [name for name in state if name.startswith("momentum.") and name not in saved]:
         state.pop(name).zero_()
-    _load(path, state, _shares(tower), alone=mesh is None)
+    _load(path, found, state, _shares(tower), alone=mesh is None)
     optimizer.rate = state["rate"]  # which the velocities belong to
     return json.loads(state["progress"])
 
 
 def read_progress(path: str) -> dict[str, Any]:
     """The progress that a checkpoint holds, without its tensors. Raises Damaged."""
-    _metadata(path)  # which says better than loading what is wrong with it
     state = {"progress": ""}
-    _load(path, state)
+    _load(path, _opened(path), state)
     return json.loads(state["progress"])
 
 
 def load_weights(path: str) -> dict[str, Tensor]:
     """The whole network's weights by name, on the CPU, without a process group. Raises Damaged."""
+    found = _opened(path)
     weights = {
         name.removeprefix("weights."): torch.empty(item.size, dtype=item.properties.dtype)
-        for name, item in _metadata(path).items()
+        for name, item in _saved(found).items()
         if name.startswith("weights.")
     }
-    _load(path, {"weights": weights})
+    _load(path, found, {"weights": weights})
     return weights
 
 
@@ -198,15 +205,28 @@ def _dump(
         )
     except dcp().api.CheckpointException as error:  # which is no Exception
         rank, (cause, _) = next(iter(error.failures.items()))
+        if isinstance(cause, NotANumber):
+            raise NotANumber(f"{path} would hold weights that are no numbers: {cause}") from None
         raise NotSaved(f"{path} cannot be written by rank {rank}: {cause}") from cause
 
 
+def _opened(path: str) -> Any:
+    """A Reader that knows what there is. Raises Damaged."""
+    found = reader(path)
+    with _named(path):
+        found.read_metadata()  # here, as torch would hide why it cannot be read
+    return found
+
+
 def _load(
-    path: str, state: dict[str, Any], shares: Shares | None = None, *, alone: bool = True
+    path: str,
+    found: Any,
+    state: dict[str, Any],
+    shares: Shares | None = None,
+    *,
+    alone: bool = True,
 ) -> None:
     with _named(path):
-        found = reader(path)
-        found.read_metadata()  # here, as torch would hide why it cannot be read
         dcp().load(state, storage_reader=found, planner=load_planner(shares or {}), no_dist=alone)
 
 
@@ -249,9 +269,9 @@ def _shares(tower: Tower) -> Shares:
     return {f"{kind}.{name}": share for name, share in shares for kind in ("weights", "momentum")}
 
 
-def _metadata(path: str) -> dict[str, TensorStorageMetadata]:
-    with _named(path):
-        items = reader(path).read_metadata().state_dict_metadata
+def _saved(found: Any) -> dict[str, TensorStorageMetadata]:
+    """The tensors that a Reader's checkpoint has."""
+    items = found.read_metadata().state_dict_metadata
     tensor = dcp(".metadata").TensorStorageMetadata
     return {name: m for name, m in items.items() if isinstance(m, tensor)}
 
@@ -260,9 +280,13 @@ def check(path: str, network: Network) -> None:
     """Raises ValueError, naming parameter and shapes, if a checkpoint is of another network, and
     Damaged.
     """
-    saved = {n.split(".", 1)[1]: tuple(m.size) for n, m in _metadata(path).items()}
+    _check(path, _saved(_opened(path)), network)
+
+
+def _check(path: str, saved: Mapping[str, TensorStorageMetadata], network: Network) -> None:
+    shapes = {name.split(".", 1)[1]: tuple(m.size) for name, m in saved.items()}
     for index, layer in enumerate(network.layers):
-        want, have = network.weight_shape(index), saved.get(f"{layer.name}.weight")
+        want, have = network.weight_shape(index), shapes.get(f"{layer.name}.weight")
         if want != have:
             raise ValueError(
                 f"{path} is of another network: {layer.name}.weight is {have}, "

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from pipeline import NotANumber
+
 
 def dcp(name: str = "") -> Any:
     """torch.distributed.checkpoint or a module of it: half as long to import as torch itself, which
@@ -101,11 +103,15 @@ Shares = Mapping[str, tuple[int, int]]
 
 def save_planner(shares: Shares) -> Any:
     """A SavePlanner of tensors that are shares of whole ones. A DTensor would say the same, and the
-    first one made imports torch's compiler.
+    first one made imports torch's compiler. What the plan raises, NotANumber, every rank is told
+    before any writes.
     """
 
     class Planner(dcp().DefaultSavePlanner):  # type: ignore[misc]
         def create_local_plan(self) -> Any:
+            for name, value in self.state_dict.items():
+                if isinstance(value, torch.Tensor) and not _finite(value):
+                    raise NotANumber(f"{name} has some that are not finite")
             plan = super().create_local_plan()
             return replace(plan, items=[self._placed(item) for item in plan.items])
 
@@ -126,6 +132,11 @@ def save_planner(shares: Shares) -> Any:
             return self.state_dict[index.fqn]
 
     return Planner()
+
+
+def _finite(x: torch.Tensor) -> bool:
+    """Whether all of it is, without a copy of its size."""
+    return all(bool(end.isfinite()) for end in x.aminmax())
 
 
 def load_planner(shares: Shares) -> Any:

@@ -22,7 +22,8 @@ def conv2d(
     groups: int,
     rectified: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d` of square strides and paddings.
+    """`torch.nn.functional.conv2d` of square strides and paddings: x [n, maps, h, w] and weight
+    [out, maps / groups, k, k] to [n, out, h', w'].
 
     If what it makes is `rectified` next, zeros may stand for what is below: cuDNN adds the bias and
     rectifies while it writes, which saves two passes over memory.

@@ -43,7 +43,7 @@ class Classifier:
     @torch.no_grad()
     def probabilities(self, crops: Tensor) -> Tensor:
         """Crops uint8 [n, k, crop, crop, 3] to float64 [n, classes] on the CPU: the mean over an
-        image's k crops of the softmax outputs.
+        image's k crops of the softmax outputs. Raises NotANumber if those are none.
         """
         # In float64, so that classes that differ in their logits still differ here.
         total = torch.zeros((), dtype=torch.float64, device=self.mean.device)
@@ -54,13 +54,16 @@ class Classifier:
     @torch.no_grad()
     def logits(self, crops: Tensor) -> Tensor:
         """Crops uint8 [n, crop, crop, 3] to logits [n, classes] on the network's device, in the
-        dtype that it computes in.
+        dtype that it computes in. Raises NotANumber if they are none.
         """
         return self._blocks(crops, len(self.tower.blocks))
 
     @torch.no_grad()
     def features(self, crops: Tensor) -> Tensor:
-        """What the last layer reads, such as the outputs of fc7: float32 [n, units] on the CPU."""
+        """What the last layer reads, such as the outputs of fc7: float32 [n, units] on the CPU.
+
+        Raises NotANumber if they are none.
+        """
         return self._blocks(crops, len(self.tower.blocks) - 1).flatten(1).float().cpu()
 
     def _blocks(self, crops: Tensor, count: int) -> Tensor:

@@ -27,6 +27,7 @@ def keep_mask(rows: Tensor, start: int, units: int, width: int, draw: Tensor, ba
 
 
 def pixels(crops: Tensor, shifts: Tensor, mean: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    crops, shifts = crops.contiguous(), shifts.contiguous()
     out = torch.empty(crops.shape, dtype=dtype, device=crops.device)
     each = mean.numel()
     turns = -(-each // _MANY)  # of an image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -32,9 +33,14 @@ class Schedule:
 
 
 def plateaus(errors: Sequence[float], patience: int) -> int:
-    """How often the error stopped falling: `patience` evaluations in a row that were no better."""
-    best, waited, count = float("inf"), 0, 0
+    """How often the error stopped falling: `patience` evaluations in a row that were no better.
+
+    One of which all images were skipped, nan, says nothing.
+    """
+    best, waited, count = math.inf, 0, 0
     for error in errors:
+        if math.isnan(error):
+            continue
         waited = 0 if error < best else waited + 1
         best = min(best, error)
         if waited == patience:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,9 +24,12 @@ def cross_entropy(
     `logits` [n, own classes], those of classes first, first + 1, ...; `labels` int64 [n] over all
     classes. Returns a scalar, the sum over the n images of -log softmax (so that it adds up over
     micro-batches and replicas), and int64 [n], how many classes come before the true one: 0 means
-    right, under 5 right among five. Among equal logits the lower class comes first. Only row
-    maxima, sums and the target's logit cross. Raises LabelsDiffer if the labels of the two towers
-    differ (by a checksum that rides with the maxima).
+    right, under 5 right among five. Among equal logits the lower class comes first.
+
+    Two all-reduces cross, of 2n + 2 and 2n numbers: row maxima, the true class's logit and a
+    checksum of the labels; sums of exponentials and ranks. (torch's `loss_parallel` takes three,
+    wants DTensors, and neither ranks nor compares labels.) Raises LabelsDiffer if the labels of the
+    two towers differ.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return _CrossEntropy.apply(wide, labels, first, pair)
@@ -41,26 +45,23 @@ class _CrossEntropy(torch.autograd.Function):
         own = own.clamp(0, logits.shape[1] - 1)
 
         peak = logits.amax(1)
+        target = logits.gather(1, own[:, None])[:, 0].masked_fill(~mine, -math.inf)
         if pair:
             check = _checksum(labels).to(peak)
-            both = pair.max_(torch.cat((peak, check, -check)))
-            peak = both[:-2]
-            if both[-2] != -both[-1]:
+            largest = pair.max_(torch.cat((peak, target, check, -check)))
+            if largest[-2] != -largest[-1]:
                 raise LabelsDiffer("the two towers were given different labels for one batch")
+            peak, target = largest[:-2].chunk(2)
         exponents = (logits - peak[:, None]).exp_()
-        target = torch.where(mine, logits.gather(1, own[:, None])[:, 0], logits.new_zeros(()))
-        sums = torch.stack((exponents.sum(1), target))
-        if pair:
-            pair.sum_(sums)
-        total, target = sums
-        loss = (total.log() + peak - target).sum()
-
         classes = torch.arange(first, first + logits.shape[1], device=logits.device)
         tied = (logits == target[:, None]) & (classes < labels[:, None])
         # Not `>`, so that none is right among what are not numbers.
-        ranks = (~(logits <= target[:, None]) | tied).sum(1)
+        before = (~(logits <= target[:, None]) | tied).sum(1)
+        sums = torch.stack((exponents.sum(1), before.to(exponents)))  # exact up to 2^24 classes
         if pair:
-            pair.sum_(ranks)
+            pair.sum_(sums)
+        total, ranks = sums[0], sums[1].long()
+        loss = (total.log() + peak - target).sum()
 
         truth = (classes == labels[:, None]).to(exponents)
         ctx.save_for_backward(exponents.div_(total[:, None]).sub_(truth))

@@ -217,9 +217,10 @@ def _cache() -> Path:
     except RuntimeError:  # a user without a home
         writable = False
     if not writable:
-        folder = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
-    folder = folder / "towers"
+        folder = Path(tempfile.gettempdir())
+    # In a folder for all nothing is between it and what is ours: who has that can swap it.
+    folder /= "towers" if writable else f"towers-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    if folder.lstat().st_uid != os.getuid():
         raise OSError(f"{folder} belongs to another user")
     return folder

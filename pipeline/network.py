@@ -89,12 +89,19 @@ class Network:
     def __post_init__(self) -> None:
         if self.columns not in (1, 2):
             raise ValueError(f"columns is {self.columns}: a network has 1 or 2")
+        if not self.layers or self.layers[-1].kind != "full":
+            raise ValueError("the last layer has to be a full one, of a unit for each class")
         names = [layer.name for layer in self.layers]
         if len(set(names)) != len(names):
             raise ValueError(f"two layers of one name in {names}")
         for before, layer in pairwise(self.layers):
             if before.kind == "full" and layer.kind == "conv":
                 raise ValueError(f"{layer.name}: a convolution cannot follow a full layer")
+        for layer in self.layers:
+            if layer.kind == "full" and (layer.norms or layer.pool):
+                raise ValueError(f"{layer.name}: a full layer has no maps to normalise or pool")
+            if any(norm.size % 2 == 0 for norm in layer.norms if norm.spatial):
+                raise ValueError(f"{layer.name}: a window over positions has an odd side")
         if self.layers[0].crosses:
             raise ValueError(f"{names[0]}: the first layer has nothing to cross but the image")
         for layer in self.layers[:-1]:

@@ -14,7 +14,9 @@ from pipeline.network import Pool
 
 
 def max_pool(x: Tensor, pool: Pool) -> Tensor:
-    """The largest of each size x size positions of x [n, maps, height, width], stride apart."""
+    """The largest of each size x size positions of x [n, maps, height, width], stride apart:
+    [n, maps, height', width'].
+    """
     few = pool.size <= 16  # places of a window that a byte can tell apart
     # On a GPU torch's adds gradients up in any order, and keeps x and eight bytes everywhere.
     if not few or not (_kernels(x) or torch.are_deterministic_algorithms_enabled()):

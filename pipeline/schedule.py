@@ -8,6 +8,7 @@ other sizes again, so stages exchange tensors whose shapes follow from the table
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, Literal
 
 import torch
@@ -51,7 +52,9 @@ class Line:
         self.stage, self.stages = down.rank(), down.size()
         self.waited, self.bytes_sent = 0.0, 0
         self.trace = Trace()
-        self._sent: list[tuple[Any, dist.ProcessGroup, Tensor]] = []
+        self._sent: dict[dist.ProcessGroup, deque[tuple[Any, Tensor]]] = {
+            group: deque() for group in (down, up)
+        }
 
     def send(self, x: Tensor) -> None:
         """Starts sending an activation to the next stage."""
@@ -71,18 +74,26 @@ class Line:
 
     def finish(self) -> None:
         """Waits until all that was sent is gone, so that the memory may be used again."""
-        for work, group, _ in self._sent:
-            settle(work, group, f"stage {self.stage}, sending", self.timeout)
-        self._sent.clear()
+        for group in self._sent:
+            self._settle(group, 0)
 
     def sum_(self, x: Tensor, what: str) -> Tensor:
         """All-reduce in place over the stages."""
         return all_reduce(x, self.down, what, self.timeout)
 
     def _send(self, x: Tensor, group: dist.ProcessGroup, to: int) -> None:
+        # Or all micro-batches' would stay in memory. In either order nobody waits: by now the other
+        # stage has taken what is as old, or takes it next.
+        self._settle(group, self.stages)
         flat = _channels_last(x).contiguous()
-        self._sent.append((dist.isend(flat, group=group, group_dst=to), group, flat))
+        self._sent[group].append((dist.isend(flat, group=group, group_dst=to), flat))
         self.bytes_sent += flat.nbytes
+
+    def _settle(self, group: dist.ProcessGroup, most: int) -> None:
+        """Waits until at most so many tensors are on their way."""
+        while len(self._sent[group]) > most:
+            work, _ = self._sent[group].popleft()
+            settle(work, group, f"stage {self.stage}, sending", self.timeout)
 
     def _receive(
         self, shape: tuple[int, ...], like: Tensor, group: dist.ProcessGroup, source: int

@@ -134,7 +134,8 @@ class Trainer:
         """Trains on a global batch as step number `step`; returns its totals before the step. A
         batch without images changes nothing.
 
-        Raises NotANumber (on every rank alike), `LabelsDiffer` from the loss.
+        Raises NotANumber (on every rank alike), `LabelsDiffer` from the loss, `waiting.Stuck` if a
+        peer does not come.
         """
         sums = self._summed(self._sums(images, step))
         totals = _Later(sums)
@@ -147,7 +148,7 @@ class Trainer:
 
     def gradients(self, images: Images, step: int) -> Totals:
         """Sets the gradient of every parameter that is trained to that of the global batch's mean
-        loss.
+        loss; returns the batch's totals. Raises `LabelsDiffer`, `waiting.Stuck`.
         """
         return _Later(self._summed(self._sums(images, step))).get()
 
@@ -200,7 +201,7 @@ class Trainer:
     def evaluate(self, images: Images) -> Totals:
         """The totals of a global batch without dropout; weights and gradients stay.
 
-        Raises NotANumber (on every rank alike).
+        Raises NotANumber (on every rank alike), `LabelsDiffer`, `waiting.Stuck`.
         """
         sums = self._zeros()
         for start, end, _ in self._parts(images):

@@ -22,6 +22,7 @@ from workers.output import alone, writing
 from workers.progress import Progress
 
 SETTINGS, RESULT, TABLE, REPORT = "settings.json", "claims.json", "claims.md", "report.html"
+ALL = (*COUNTS, *CLAIMS)  # by name, in the order of the table
 
 
 def claims(
@@ -39,23 +40,10 @@ def claims(
     Raises UserError and DataError for what the user can mend.
     """
     progress = progress or Progress()
-    for name in names:
-        if name not in (*COUNTS, *CLAIMS):
-            raise UserError(f"no claim {name!r}; there are {', '.join((*COUNTS, *CLAIMS))}")
-    numbers = {"seeds": seeds, "scale": scale.scale, "parallel": parallel, "images": scale.images}
-    for what, value in numbers.items():
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{what} is {value}: more than 0")
-    configure({"network": "cifar", "precision": scale.precision})
-    used = scale
-    if scale.data:  # before anything is made or started
-        dataset = open_dataset(scale.data)
-        if scale.images:  # whole row groups, which may be more
-            used = replace(scale, images=dataset.first("train", scale.images).rows("train"))
-    chosen = names or (*COUNTS, *CLAIMS)
-    counted = [count for name, count in COUNTS.items() if name in chosen]
+    used = _checked(names, scale, seeds, parallel)  # before anything is made or started
+    chosen = names or ALL
     trained = [claim for name, claim in CLAIMS.items() if name in chosen]
-    lines = [_counted_line(count()) for count in counted]
+    lines = [_counted_line(count()) for name, count in COUNTS.items() if name in chosen]
     runs: dict[str, list[History]] = {}
     _keep(folder, scale)
     with alone(folder, SETTINGS):
@@ -69,23 +57,51 @@ def claims(
                     )
                     for claim in trained
                 ]
-        before, drawn = _before(folder)
-        found = {**before, **{line["claim"]: line for line in lines}}
-        lines = [found[name] for name in (*COUNTS, *CLAIMS) if name in found]
-        result = {"run": folder, **asdict(scale), "seeds": seeds, "claims": lines}
-        fs, path = storage(folder)
-        curves = drawn | {
-            arm: [(told.steps, told.curve) for told in ended]
-            for arm, ended in runs.items()
-            if ARMS[arm].to_goal
-        }
-        for name, text in (
-            (RESULT, json.dumps({**result, "curves": curves}, indent=1) + "\n"),
-            (TABLE, markdown(lines)),
-            (REPORT, claims_page(result, curves)),
-        ):
-            write_whole(fs, f"{path}/{name}", text.encode())
-        return {**result, "table": f"{folder}/{TABLE}", "report": f"{folder}/{REPORT}"}
+        return _write(folder, {**asdict(scale), "seeds": seeds}, lines, runs)
+
+
+def _checked(names: Sequence[str], scale: Scale, seeds: int, parallel: int | None) -> Scale:
+    """The scale, with as many images as are used: whole row groups."""
+    for name in names:
+        if name not in ALL:
+            raise UserError(f"no claim {name!r}; there are {', '.join(ALL)}")
+    numbers = {"seeds": seeds, "scale": scale.scale, "parallel": parallel, "images": scale.images}
+    for what, value in numbers.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{what} is {value}: more than 0")
+    configure({"network": "cifar", "precision": scale.precision})
+    if not scale.data:
+        return scale
+    dataset = open_dataset(scale.data)
+    if not scale.images:
+        return scale
+    return replace(scale, images=dataset.first("train", scale.images).rows("train"))
+
+
+def _write(
+    folder: str,
+    of: dict[str, Any],
+    lines: Sequence[dict[str, Any]],
+    runs: dict[str, list[History]],
+) -> dict[str, Any]:
+    """Adds to what was found in a folder before; returns all of it."""
+    before, drawn = _before(folder)
+    found = {**before, **{line["claim"]: line for line in lines}}
+    lines = [found[name] for name in ALL if name in found]
+    result = {"run": folder, **of, "claims": lines}
+    curves = drawn | {
+        arm: [(told.steps, told.curve) for told in ended]
+        for arm, ended in runs.items()
+        if ARMS[arm].to_goal
+    }
+    fs, path = storage(folder)
+    for name, text in (
+        (RESULT, json.dumps({**result, "curves": curves}, indent=1) + "\n"),
+        (TABLE, markdown(lines)),
+        (REPORT, claims_page(result, curves)),
+    ):
+        write_whole(fs, f"{path}/{name}", text.encode())
+    return {**result, "table": f"{folder}/{TABLE}", "report": f"{folder}/{REPORT}"}
 
 
 def _keep(folder: str, scale: Scale) -> None:

@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.recipes import Recipe
 from workers.claims import Arm, Claim, Finding, judge
-from workers.config import NOWHERE, Config, UserError, configure
+from workers.config import Config, UserError, configure
 from workers.evaluate import evaluate
 from workers.history import History, read_history
 from workers.progress import Progress
@@ -31,6 +31,20 @@ class Scale:
     precision: str = "float32"
 
 
+class ArmRun(NamedTuple):
+    """A run of an arm; `rate` if it is not the recipe's own."""
+
+    arm: Arm
+    seed: int
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        rated = f"-rate{self.rate:g}" if self.rate else ""
+        return f"{self.arm.name}{rated}-seed{self.seed}"
+
+
 class Lab:
     """Trains arms and measures them."""
 
@@ -46,45 +60,39 @@ class Lab:
     def train(self, arms: Iterable[Arm]) -> dict[str, list[History]]:
         """The runs of each arm, those of each seed that came to their end."""
         arms = list({arm.name: arm for arm in arms}.values())
-        configs = [self.config(arm, 0, "") for arm in arms]
+        configs = [self.config(ArmRun(arm, 0)) for arm in arms]
         self.shards = prepare_data(configs, self.folder, self.progress)
-        self._run(
-            [(arm, 0, rate) for arm in arms for rate in arm.rates]
-            + [(arm, seed, None) for arm in arms if not arm.rates for seed in range(self.seeds)]
-        )
+        seeds = range(self.seeds)
+        tried = [ArmRun(arm, 0, rate) for arm in arms for rate in arm.rates]
+        self._run(tried + [ArmRun(arm, seed) for arm in arms if not arm.rates for seed in seeds])
         best = {arm.name: self.best_rate(arm) for arm in arms}
-        several = [(a, s, best[a.name]) for a in arms if a.rates for s in range(self.seeds)]
-        self._run(several)
-        found = {}
-        for arm in arms:
-            told = [self._history(arm, seed, best[arm.name]) for seed in range(self.seeds)]
-            found[arm.name] = [one for one in told if one.done]
-        return found
+        chosen = {arm.name: [ArmRun(arm, s, best[arm.name]) for s in seeds] for arm in arms}
+        self._run(run for runs in chosen.values() for run in runs if run.rate)
+        found = {name: map(self._history, runs) for name, runs in chosen.items()}
+        return {name: [one for one in told if one.done] for name, told in found.items()}
 
-    def config(self, arm: Arm, seed: int, run: str, rate: float | None = None) -> Config:
-        settings = {**arm.settings, **({"rate": rate} if rate else {})}
+    def config(self, run: ArmRun) -> Config:
+        settings = {**run.arm.settings, **({"rate": run.rate} if run.rate else {})}
         if self.scale.images:
             settings["images"] = self.scale.images
-        epochs = max(1, round(arm.epochs * self.scale.scale))
-        more = {"epochs": epochs, "seed": seed, "precision": self.scale.precision}
-        return configure({**settings, **more, "shards": self.shards, "run": run or NOWHERE})
+        epochs = max(1, round(run.arm.epochs * self.scale.scale))
+        more = {"epochs": epochs, "seed": run.seed, "precision": self.scale.precision}
+        return configure({**settings, **more, "shards": self.shards, "run": self._place(run)})
 
-    def _place(self, arm: Arm, seed: int, rate: float | None) -> str:
-        rated = f"-rate{rate:g}" if rate else ""
-        return f"{self.folder}/runs/{arm.name}{rated}-seed{seed}"
+    def _place(self, run: ArmRun) -> str:
+        return f"{self.folder}/runs/{run.name}"
 
-    def _run(self, wanted: Iterable[tuple[Arm, int, float | None]]) -> None:
+    def _run(self, wanted: Iterable[ArmRun]) -> None:
         """Runs what is not done yet."""
         configs, ending = {}, set()
-        for arm, seed, rate in wanted:
-            run = self._place(arm, seed, rate)
-            config = self.config(arm, seed, run, rate)
-            if is_run(run):
-                _check(run, config)
-            if not read_history(run, goal=arm.to_goal).done:
-                configs[run] = config
-                if arm.to_goal:
-                    ending.add(run)
+        for run in wanted:
+            place, config = self._place(run), self.config(run)
+            if is_run(place):
+                _check(place, config)
+            if not self._history(run).done:
+                configs[place] = config
+                if run.arm.to_goal:
+                    ending.add(place)
         if not configs:
             return
         self.progress.say(f"to run: {len(configs)}")
@@ -96,12 +104,12 @@ class Lab:
             parallel=self.parallel,
             stop=partial(_at_goal, frozenset(ending)),
         )
-        for run, why in failures.items():
-            self.progress.say(f"{run} failed: {why}")
+        for place, why in failures.items():
+            self.progress.say(f"{place} failed: {why}")
         self.failures |= failures
 
-    def _history(self, arm: Arm, seed: int, rate: float | None) -> History:
-        return read_history(self._place(arm, seed, rate), goal=arm.to_goal)
+    def _history(self, run: ArmRun) -> History:
+        return read_history(self._place(run), goal=run.arm.to_goal)
 
     def best_rate(self, arm: Arm) -> float | None:
         """The rate that came to the goal first, or nearest to it; of an arm that trains to its end
@@ -111,7 +119,7 @@ class Lab:
             return None
 
         def order(rate: float) -> tuple[float, float]:
-            told = self._history(arm, 0, rate)
+            told = self._history(ArmRun(arm, 0, rate))
             if not (told.done and told.curve):
                 return math.inf, math.inf
             if not arm.to_goal:

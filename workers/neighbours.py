@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -24,19 +18,15 @@ from datasets.images import Pixels, decode
 from datasets.layout import Dataset
 from datasets.rows import Rows
 from datasets.shards import open_dataset
-from datasets.storage import matching, parquet, remove, storage, write_whole
-from workers.cluster import connected
 from workers.config import UserError
 from workers.data import training_data
-from workers.output import check_output, write_output, writing
+from workers.feature_index import FeatureIndex, Near
+from workers.output import check_output, write_output
 from workers.predict import BATCH, image_files, open_known, read_image
 from workers.progress import Progress
-from workers.spread import only_here, spread
-from workers.sweep import OnError, Swept, Work, sweep, usable_gpus
+from workers.sweep import OnError
 from workers.trained import Step, Trained
 
-INDEX, ABOUT = "neighbours", "index.json"  # a folder in the run, and what it says of itself, last
-SMALL = 256 << 20  # bytes of features up to which this process searches them itself
 SIDE, LINE = 144, 18  # pixels of the contact sheet's images and of a line below them
 
 
@@ -64,17 +54,40 @@ def neighbours(
     progress, network = progress or Progress(), open_known(run, step)
     if k < 1:
         raise UserError(f"k is {k}: at least 1")
-    dataset = open_dataset(data) if data else training_data(run, network.config)
+    dataset = _dataset(network, data, split)
+    files = [file for place in images for file in image_files(place)]
+    if output:
+        check_output(output, ".png", files)
+    files, features = _features(network, files, on_error, progress)
+    index = FeatureIndex(network, dataset, split, on_error, workers, progress)
+    found = zip(files, index.nearest(features, k), strict=True)
+    shown = [
+        {"image": file, "neighbours": [_told(near, network, dataset, split) for near in nearest]}
+        for file, nearest in found
+    ]
+    if output:
+        write_output(output, contact_sheet(shown, dataset, split, network.config.image))
+    about = {"run": run, "step": network.step, "data": dataset.root, "split": split}
+    return {**about, "images": shown, **({"file": output} if output else {})}
+
+
+def _dataset(network: Trained, data: str, split: str) -> Dataset:
+    """The rows to look among."""
+    dataset = open_dataset(data) if data else training_data(network.run, network.config)
     if not dataset:
-        raise UserError(f"{run}: its training data is gone; name shards by --data")
+        raise UserError(f"{network.run}: its training data is gone; name shards by --data")
     if split == "train" and network.config.images and not data:
         dataset = dataset.first(split, network.config.images)
     dataset.shards(split)
-    files = [file for place in images for file in image_files(place)]
+    return dataset
+
+
+def _features(
+    network: Trained, files: Sequence[str], on_error: OnError, progress: Progress
+) -> tuple[list[str], Tensor]:
+    """The images that can be read, and their features, float32 [images, units]."""
+    classifier, features, kept = network.classifier(), [], []
     size, crop = network.shape
-    if output:
-        check_output(output, ".png", files)
-    classifier, features, shown_files = network.classifier(), [], []
     for first in range(0, len(files), BATCH):
         views = []
         for file in files[first : first + BATCH]:
@@ -85,175 +98,23 @@ def neighbours(
                     raise
                 progress.say(f"skipped: {error}")
             else:
-                shown_files.append(file)
+                kept.append(file)
         if views:
             features.append(classifier.features(torch.from_numpy(np.stack(views))))
-    if not features:
+    if not kept:
         raise UserError("no image is left to look for")
-    wanted = torch.cat(features)
-    index = f"{run}/{INDEX}"
-    about = _about(network, dataset, split, on_error)
-    kept = _kept(index)
-    # Where no image was skipped, all are there for who would skip some.
-    fresh = kept is not None and kept.get("of") in (about, {**about, "on_error": "fail"})
-    small = dataset.rows(split) * wanted.shape[1] * 4 <= SMALL or only_here(index)
-    with connected(unless=only_here(dataset.root) or (fresh and small)):
-        if not fresh:
-            kept = _build(index, about, network, dataset, split, on_error, workers, progress)
-        assert kept
-        found = _search(index, kept, wanted, k, workers, here=small)
-    assert network.classes
-    shown = [
-        {
-            "image": file,
-            "neighbours": [
-                {
-                    "row": row,
-                    "place": dataset.place(split, row),
-                    "class": dataset.classes[label],
-                    "title": _title(network, dataset, label),
-                    "distance": distance,
-                }
-                for distance, row, label in nearest
-            ],
-        }
-        for file, nearest in zip(shown_files, found, strict=True)
-    ]
-    if output:
-        write_output(output, _sheet(shown, dataset, split, size))
-    about = {"run": run, "step": network.step, "data": dataset.root, "split": split}
-    return {**about, "images": shown, **({"file": output} if output else {})}
+    return kept, torch.cat(features)
 
 
-def _title(network: Trained, dataset: Dataset, label: int) -> str:
-    name = dataset.classes[label]
-    known = network.classes
-    return known.title(known.names.index(name)) if known and name in known.names else name
-
-
-def _about(network: Trained, dataset: Dataset, split: str, on_error: OnError) -> dict[str, Any]:
-    """What the features of an index depend on."""
-    shards = [[shard.state(), list(shard.groups)] for shard in dataset.shards(split)]
-    of = {"step": network.step, "data": dataset.root, "split": split}
-    return {**of, "shards": shards, "on_error": on_error}
-
-
-def _kept(index: str) -> dict[str, Any] | None:
-    """What the index says of itself; None if there is none that is complete."""
-    fs, path = storage(index)
-    try:
-        return dict(json.loads(fs.cat_file(f"{path}/{ABOUT}")))
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
-        return None
-
-
-def _build(
-    index: str,
-    about: dict[str, Any],
-    network: Trained,
-    dataset: Dataset,
-    split: str,
-    on_error: OnError,
-    workers: int | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Writes the features of all rows, a file for each range of rows, into a folder of this build's
-    own; returns what the index then says of itself.
-
-    Raises UserError if the run cannot be written.
-    """
-    folder = uuid.uuid4().hex
-    fs, path = storage(index)
-    with writing(index):
-        if fs.exists(path):
-            with suppress(FileNotFoundError):  # first: what is left may be half of it
-                fs.rm_file(f"{path}/{ABOUT}")
-            remove(fs, path)
-        fs.makedirs(f"{path}/{folder}", exist_ok=True)
-    check_output(f"{index}/{ABOUT}")
-    here = only_here(dataset.root, index)
-    gpus = usable_gpus(dataset, [network])
-    work = Work(dataset, split, 1, on_error, (network,), None, here, gpus)
-    parts = sweep(partial(_index, f"{index}/{folder}"), work, "indexed", workers, progress)
-    kept = {"of": about, "folder": folder, "rows": sum(len(part.rows) for part in parts)}
-    write_whole(fs, f"{path}/{ABOUT}", json.dumps(kept).encode())
-    return kept
-
-
-def _index(index: str, work: Work, batches: list[NDArray[np.int64]]) -> Iterator[Swept]:
-    """Writes the features of a range of rows."""
-    (network,) = work.networks
-    classifier = network.classifier(work.device)
-    loader = work.loader(network.shape)
-    tables, skipped, faults = [], 0, []
-    for numbers in batches:
-        batch = loader.load(numbers, 0, False)
-        skipped += batch.skipped
-        faults += batch.faults
-        if not len(batch.rows):
-            continue
-        features = classifier.features(torch.from_numpy(batch.crops)).numpy()
-        flat = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features.shape[1])
-        columns = {"row": batch.rows, "label": batch.labels, "features": flat}
-        tables.append(pa.table(columns))
-    rows = np.empty(0, np.int64)
-    if tables:
-        rows = np.concatenate([table["row"].to_numpy() for table in tables])
-        buffer = io.BytesIO()
-        pq.write_table(pa.concat_tables(tables), buffer, compression="zstd")
-        fs, path = storage(index)
-        write_whole(fs, f"{path}/rows-{batches[0][0]:012d}.parquet", buffer.getvalue())
-    yield Swept(rows, skipped, faults)  # in one, once the file is there: none is made of half of it
-
-
-def _search(
-    index: str,
-    kept: dict[str, Any],
-    features: Tensor,
-    k: int,
-    workers: int | None,
-    *,
-    here: bool,
-) -> list[list[tuple[float, int, int]]]:
-    """Distance, row and label of the k rows nearest to each of the features [n, units].
-
-    Raises UserError if the index is not whole, as where another process makes it anew.
-    """
-    fs, path = storage(f"{index}/{kept['folder']}")
-    files = [str(fs.unstrip_protocol(file)) for file in matching(fs, path, "*.parquet")]
-    found: list[list[tuple[float, int, int]]] = [[] for _ in features]
-    rows, shared = 0, (features.numpy(), k)
-    for _, (count, part) in spread(_nearest, shared, files, workers=workers, here=here):
-        rows += count
-        found = [sorted(own + more)[:k] for own, more in zip(found, part, strict=True)]
-    if rows != kept["rows"]:
-        raise UserError(
-            f"{index}: {rows} of {kept['rows']} rows are there; if no other `towers neighbours` "
-            "makes it anew right now, remove it"
-        )
-    return found
-
-
-def _nearest(
-    shared: tuple[NDArray[np.float32], int], file: str
-) -> Iterator[tuple[int, list[list[tuple[float, int, int]]]]]:
-    wanted, k = shared
-    with parquet(file) as source:
-        table = source.read()
-    flat = table["features"].combine_chunks().flatten().to_numpy()
-    rows, labels = (table[name].to_numpy() for name in ("row", "label"))
-    # Not by products, whose rounding hides how near the nearest are.
-    distances = torch.cdist(
-        torch.from_numpy(wanted),
-        torch.from_numpy(flat.reshape(len(rows), -1).copy()),
-        compute_mode="donot_use_mm_for_euclid_dist",
-    ).numpy()
-    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
-    nearest = [
-        [(float(d[n]), int(rows[n]), int(labels[n])) for n in places]
-        for d, places in zip(distances, order, strict=True)
-    ]
-    yield len(rows), nearest
+def _told(near: Near, network: Trained, dataset: Dataset, split: str) -> dict[str, Any]:
+    name, known = dataset.classes[near.label], network.classes
+    return {
+        "row": near.row,
+        "place": dataset.place(split, near.row),
+        "class": name,
+        "title": known.title(known.names.index(name)) if known and name in known.names else name,
+        "distance": near.distance,
+    }
 
 
 def _font(size: int) -> Any:
@@ -264,7 +125,9 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-def _sheet(shown: Sequence[dict[str, Any]], dataset: Dataset, split: str, size: int) -> bytes:
+def contact_sheet(
+    shown: Sequence[dict[str, Any]], dataset: Dataset, split: str, size: int
+) -> bytes:
     """A PNG of a line for each image: itself, and what is near it by falling likeness."""
     across = 1 + max(len(one["neighbours"]) for one in shown)
     gap, high = 8, SIDE + 2 * LINE + 8

@@ -8,6 +8,7 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -129,7 +130,8 @@ class Rank:
             try:
                 yield from self._items(feed, start)
             except (DataError, NotANumber):
-                yield from self._written()  # what it has learned ends with the run else
+                with suppress(NotANumber):  # of the step before, which this one tells of
+                    yield from self._written()  # what it has learned ends with the run else
                 raise
         except torch.AcceleratorError as error:
             print(error, file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from ranks import ALONE, TOWERS, Ranks, batch, devices, joined, make_trainer, se
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from pipeline import checkpoint
+from pipeline import NotANumber, checkpoint
 from pipeline.checkpoint_files import Unpickler
 from pipeline.mesh import Mesh
 from pipeline.network import Network, build
@@ -253,6 +253,24 @@ def test_a_step_waits_until_the_weights_are_copied(
     assert_equal(read_only(NETWORK, f"{tmp_path}/c", ALONE)[1], asked)
 
 
+def spoilt(path: str, mesh: Mesh, spoiler: int) -> None:
+    """What one tower has learned is no number, as by a gradient that overflowed."""
+    trainer = make_trainer(NETWORK, mesh, dtype=torch.float32)
+    trainer.step(batch(NETWORK, 4, 0), 0)
+    if trainer.pair and trainer.pair.tower == spoiler:
+        momentum = trainer.optimizer.momenta()[trainer.tower.weights()["conv2.weight"]]
+        momentum[0, 0, 0, 0] = torch.inf
+    with pytest.raises(NotANumber, match=r"/c would .*: momentum\.conv2\.weight has some"):
+        checkpoint.save(path, trainer.tower, trainer.optimizer, PROGRESS, devices(mesh))
+
+
+@pytest.mark.parametrize("spoiler", [0, 1])
+def test_what_is_no_number_is_not_saved(pair: Ranks, spoiler: int, tmp_path: Path) -> None:
+    pair.run(spoilt, f"{tmp_path}/c", TOWERS, spoiler)
+    assert not (tmp_path / "c/.metadata").exists()
+    assert not list(tmp_path.glob("c/*.distcp"))
+
+
 def test_what_a_disk_says_is_said(tmp_path: Path) -> None:
     trainer = make_trainer(NETWORK, dtype=torch.float32)
     before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -262,6 +280,8 @@ def test_what_a_disk_says_is_said(tmp_path: Path) -> None:
             checkpoint.save(f"{tmp_path}/c", trainer.tower, trainer.optimizer, PROGRESS, None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+    with pytest.raises(checkpoint.Damaged):  # nor is what is left taken for one
+        checkpoint.load_weights(f"{tmp_path}/c")
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])

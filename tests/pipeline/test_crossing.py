@@ -173,8 +173,8 @@ def test_a_step_sends_what_is_described_forward_and_as_much_backward(
 ) -> None:
     n = 5
     described = sum(cost.sent for cost in describe(build(name, 10), batch=n))
-    # The loss: maxima and a checksum and its negative; sums and targets; ranks in int64.
-    loss = (n + 2) * 4 + 2 * n * 4 + n * 8
+    # The loss: maxima, targets, a checksum and its negative; then sums and ranks.
+    loss = (2 * n + 2) * 4 + 2 * n * 4
     assert pair.run(bytes_of_a_step, name, n) == [(described, 2 * described + loss)] * 2
 
 

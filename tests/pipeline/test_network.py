@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.description import describe
-from pipeline.network import NETWORKS, Layer, Network, Norm, build, half_column
+from pipeline.network import NETWORKS, Layer, Network, Norm, Pool, build, half_column
 from pipeline.tower import Tower, share
 
 SIDES = {  # of what leaves each layer, pooling included
@@ -207,7 +207,7 @@ def test_build_refuses(change: dict[str, Any], message: str) -> None:
         build(**{"name": "alexnet", "classes": 10} | change)
 
 
-LAST = Layer("last", "full", 4, activation=None)
+EVEN, LAST = Layer("a", "conv", 4), Layer("last", "full", 4, activation=None)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +216,11 @@ LAST = Layer("last", "full", 4, activation=None)
         (3, (LAST,), "columns is 3: a network has 1 or 2"),
         (2, (LAST, LAST), "two layers of one name in"),
         (2, (Layer("a", "full", 4), Layer("b", "conv", 4), LAST), "b: a convolution cannot follow"),
+        (1, (), "the last layer has to be a full one"),
+        (1, (Layer("a", "conv", 4),), "the last layer has to be a full one"),
+        (1, (Layer("a", "full", 4, pool=Pool()), LAST), "a: a full layer has no maps"),
+        (1, (replace(LAST, norms=(Norm(),)),), "last: a full layer has no maps"),
+        (1, (replace(EVEN, norms=(Norm(2, spatial=True),)), LAST), "a: a window over positions"),
         (2, (Layer("a", "conv", 5), LAST), "a: 5 maps in 2 columns"),
         (2, (Layer("a", "conv", 4, 9), LAST), "a: nothing is left of a 8-pixel crop"),
         (2, (Layer("a", "conv", 4, crosses=True), LAST), "a: the first layer has nothing to cross"),

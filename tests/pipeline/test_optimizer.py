@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -148,6 +149,7 @@ def test_more_evaluations_never_raise_the_rate(errors: list[float], patience: in
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30, unique=True))
 def test_errors_that_always_fall_keep_the_rate(errors: list[float]) -> None:
     assert plateaus(sorted(errors, reverse=True), 1) == 0
+    assert plateaus([*errors, *[math.nan] * 9], 1) == plateaus(errors, 1)
 
 
 def test_warm_up_rises_in_a_line_to_the_rate() -> None:

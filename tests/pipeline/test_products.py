@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from pipeline import products
 from pipeline.convolution import conv2d
-from pipeline.products import linear
+from pipeline.products import _Linear, linear
 
 HALF = torch.bfloat16
 
@@ -86,6 +87,11 @@ def test_frozen_layers_have_no_gradients(lacking: None) -> None:
     linear(x, weight, bias).sum().backward()
     assert weight.grad is not None
     assert bias.grad is not None
+    # What nobody asked for is not worked out: autograd would throw it away.
+    for asked in ((True, False, False), (False, True, False), (False, False, True)):
+        ctx = SimpleNamespace(saved_tensors=(x, weight.detach()), needs_input_grad=asked)
+        made = _Linear.backward(ctx, draw(2, 4))
+        assert tuple(grad is not None for grad in made) == asked
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

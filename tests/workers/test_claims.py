@@ -18,7 +18,7 @@ from workers.config import configure
 from workers.counts import COUNTS
 from workers.experiments import _on, _trained_line
 from workers.history import History, read_history
-from workers.lab import Lab, Scale
+from workers.lab import ArmRun, Lab, Scale
 from workers.progress import Progress
 
 POOLING, RELU = CLAIMS["pooling"], CLAIMS["relu"]
@@ -146,7 +146,7 @@ def test_the_rate_is_taken_that_came_to_the_goal_first_or_else_nearest(tmp_path:
 
 def test_both_poolings_leave_as_many_positions_as_the_papers_do() -> None:
     lab = Lab("memory://pooling", Scale(), 1, None, Progress())
-    ours = [lab.config(ARMS[arm], 0, "").build(10) for arm in POOLING.arms]
+    ours = [lab.config(ArmRun(ARMS[arm], 0)).build(10) for arm in POOLING.arms]
     papers = [build("alexnet", 10, pooling=pooling) for pooling in ("3/2", "2/2")]
     for overlapping, apart in (ours, papers):
         assert overlapping.shapes == apart.shapes
@@ -154,7 +154,7 @@ def test_both_poolings_leave_as_many_positions_as_the_papers_do() -> None:
 
 def test_longer_arms_drop_their_rate_later() -> None:
     lab = Lab("memory://longer", Scale(scale=3), 1, None, Progress())
-    config = lab.config(ARMS["lrn"], 0, "", 0.003)
+    config = lab.config(ArmRun(ARMS["lrn"], 0, 0.003))
     assert (config.epochs, config.drops) == (30, (24.0, 28.5))
 
 

@@ -19,9 +19,10 @@ from datasets.images import decode
 from datasets.rows import Rows
 from datasets.shards import open_dataset
 from datasets.storage import storage
-from workers import neighbours as module
+from workers import feature_index
 from workers.cli import main
 from workers.config import UserError
+from workers.feature_index import FeatureIndex
 from workers.neighbours import neighbours
 from workers.trained import open_trained
 
@@ -78,7 +79,7 @@ def test_a_large_index_is_searched_by_the_cluster(
     image = f"{tmp_path}/a.png"
     Image.new("RGB", (80, 60), "red").save(image)
     with monkeypatch.context() as large:
-        large.setattr(module, "SMALL", 0)
+        large.setattr(feature_index, "SMALL", 0)
         spread = neighbours(run, [image], data=shards)
     monkeypatch.setattr("ray.is_initialized", None)  # here it needs no Ray
     assert neighbours(run, [image], data=shards) == spread
@@ -113,14 +114,14 @@ def test_an_index_that_another_makes_anew_is_not_taken_for_ones_own(
 ) -> None:
     image = f"{tmp_path}/a.png"
     Image.new("RGB", (80, 60), "red").save(image)
-    search = module._search
+    search = FeatureIndex._search
 
     def disturbed(*given: Any, **more: Any) -> Any:
-        monkeypatch.setattr(module, "_search", search)
+        monkeypatch.setattr(FeatureIndex, "_search", search)
         neighbours(run, [image], data=near, split="val")
         return search(*given, **more)
 
-    monkeypatch.setattr(module, "_search", disturbed)
+    monkeypatch.setattr(FeatureIndex, "_search", disturbed)
     with pytest.raises(UserError, match="neighbours: 0 of 150 rows are there; if no other"):
         neighbours(run, [image], data=near)
     (index,) = Path(run, "neighbours").glob("*/*.parquet")
