@@ -77,6 +77,7 @@ def _end() -> Iterator[None]:
         # Each Ray of this process but the first would leave a thread that sends it metrics when it
         # is gone, and may end the process by SIGSEGV.
         patch.setenv("RAY_enable_open_telemetry", "0")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")  # which clusters send to Ray's makers
         yield
         ray.shutdown()
 

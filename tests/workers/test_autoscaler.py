@@ -122,6 +122,7 @@ def environment() -> Iterator[dict[str, str]]:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_TMPDIR": folder,
+            "RAY_USAGE_STATS_ENABLED": "0",
         }
 
 
