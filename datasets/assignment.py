@@ -47,7 +47,9 @@ def labels_of(
     if labels is not None and not isinstance(labels, Mapping):
         if len(labels) != len(names):
             raise DataError(f"{source.url}: {len(names)} images, and {len(labels)} labels")
-        places = sorted(range(len(names)), key=names.__getitem__)
+        places = list(range(len(names)))
+        if not source.dataset:  # whose rows have an order of their own
+            places.sort(key=names.__getitem__)
         told = dict(zip(places, labels, strict=True))
         return [told[i] for i in range(len(names))], given
     if labels is not None:
@@ -90,10 +92,11 @@ def classes_of(
 def codes_of(
     source: Source, names: list[str | None], classes: tuple[str, ...]
 ) -> NDArray[np.int64]:
-    """Class numbers, -1 for none. A number that is no class's name counts the classes from 0."""
+    """Class numbers, -1 for none. A number counts the classes from 0 if none is called by one."""
     known = {name: number for number, name in enumerate(classes)}
+    numbered = any(map(str.isdecimal, classes))  # then a number is a name, and no other class's
     for name in {name for name in names if name is not None and name not in known}:
-        if not (name.isdecimal() and int(name) < len(classes)):
+        if numbered or not (name.isdecimal() and int(name) < len(classes)):
             raise DataError(
                 f"{source.url}: class {name!r} is none of the {len(classes)} that are there already"
             )

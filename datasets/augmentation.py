@@ -175,8 +175,8 @@ class Loader:
 
     A bad row raises DataError, or with `on_error="skip"` is left out of the batch and named in
     it. Unless rows have to be `labelled`, labels are -1. The machine keeps `cache` bytes at most:
-    decoded images, if they are seen `again`, and row groups of a store far away. Raises ValueError
-    for another `on_error`.
+    decoded images, if they are seen `again`, and row groups of a store far away; of row groups this
+    process keeps `memory` bytes. Raises ValueError for another `on_error`.
     """
 
     def __init__(
@@ -191,6 +191,7 @@ class Loader:
         labelled: bool = True,
         cache: float = 0,
         again: bool = True,
+        memory: int = Rows.cache_bytes,
     ) -> None:
         if on_error not in ("fail", "skip"):
             raise ValueError(f"on_error is {on_error!r}: fail or skip")
@@ -205,7 +206,9 @@ class Loader:
         decoded = min(cache, whole)
         if dataset.far(split) and decoded < whole:
             decoded /= 2  # encoded, ten times as many find room
-        self._source = Rows(dataset, split, labelled=labelled, disk_bytes=cache - decoded)
+        self._source = Rows(
+            dataset, split, cache_bytes=memory, labelled=labelled, disk_bytes=cache - decoded
+        )
         self._cache = PixelCache(dataset, split, aug.size, decoded, least=aug.crop)
 
     def load(

@@ -44,7 +44,7 @@ def fetch(entries: Sequence[Entry], dataset: Dataset | None, split: str) -> Iter
     not answer or a whole file is gone or damaged.
     """
     if dataset:
-        yield from _rows(entries, Rows(dataset, split))
+        yield from _rows(entries, Rows(dataset, split, labelled=False))  # entries have labels
         return
     start = 0
     while start < len(entries):

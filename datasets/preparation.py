@@ -59,6 +59,8 @@ def lay_out(
     classes = classes_of(source, names, before, split)
     codes = codes_of(source, names, classes)
     splits = splits_of(given, codes, split, options.holdout, options.seed)
+    if not source.dataset:  # which names its classes itself
+        _check_taught(source, splits, codes, classes)
     for name in splits:
         if not re.fullmatch(r"\w[\w-]{0,99}", name):  # it begins its files' names
             raise DataError(f"{source.url}: a split {name!r}: letters, digits, - and _ are wanted")
@@ -66,6 +68,7 @@ def lay_out(
         taken = [s for s in before["splits"] if s not in splits]
         if taken:
             raise DataError(f"{url}: holds {', '.join(taken)} already; name another folder")
+    _check_size(url, before or {}, splits, options)
     orders = {s: order_of(rows, s, source, options.seed, entries) for s, rows in splits.items()}
     origin = {s: entries["split"][int(rows[0])].as_py() for s, rows in orders.items()}
     known = {c: w for c, w in (words or (before or {}).get("words") or {}).items() if c in classes}
@@ -84,6 +87,37 @@ def lay_out(
     plan = replace(plan, digest=_digest(plan, tables))
     keep(plan, tables, before)
     return plan
+
+
+def _check_taught(
+    source: Source,
+    splits: Mapping[str, NDArray[np.int64]],
+    codes: NDArray[np.int64],
+    classes: Sequence[str],
+) -> None:
+    """Raises DataError if images are of a class that training never shows: what was taken for a
+    class may be another folder.
+    """
+    if "train" not in splits:
+        return
+    taught = {-1, *codes[splits["train"]].tolist()}
+    for split, rows in splits.items():
+        if unknown := sorted(set(codes[rows].tolist()) - taught):
+            raise DataError(
+                f"{source.url}: {split} has images of {classes[unknown[0]]!r}, and train has none; "
+                "say what images show by --labels FILE, or leave them out by --split train"
+            )
+
+
+def _check_size(
+    url: str, before: Mapping[str, Any], splits: Mapping[str, Any], options: Options
+) -> None:
+    """Raises DataError if other splits there have images of another size: one holds for all."""
+    others = sorted(set(before.get("splits", ())) - set(splits))
+    had = before.get("size")
+    if others and had != (None if options.keep else options.size):
+        said = f"--size {had}" if had else "--keep"
+        raise DataError(f"{url}: {', '.join(others)} was prepared by {said}; say so here too")
 
 
 def make_shard(plan: Preparation, split: str, number: int) -> Iterator[int]:

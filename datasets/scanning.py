@@ -84,7 +84,11 @@ def _parquet_rows(dataset: Dataset, part: Part) -> Iterator[tuple[Any, ...]]:
 
 def _listed(part: Part) -> Iterator[tuple[Any, ...]]:
     base = part.file.rpartition("/")[0]
-    lines = _listed_parquet(part.file) if part.file.endswith(".parquet") else read_list(part.file)
+    lines = (
+        _listed_parquet(part.file)
+        if part.file.lower().endswith(".parquet")
+        else read_list(part.file)
+    )
     for path, label, split in lines:
         whole = path if "://" in path or path.startswith("/") else f"{base}/{path}"
         yield whole, 0, -1, -1, -1, path, label, split

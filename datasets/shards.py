@@ -24,6 +24,7 @@ from datasets.statistics import STATISTICS
 from datasets.storage import (
     address,
     existing,
+    files_below,
     hidden,
     matching,
     parquet,
@@ -41,7 +42,7 @@ MANIFEST = "dataset.json"
 
 LARGEST = 1 << 14  # side in pixels that images may be brought to
 
-DEEP = 4  # levels of folders below its own in which a data set's files are looked for
+DEEP = 4  # levels of folders, its own the first, in which a data set's files are looked for
 WORK = ".prepare"
 """Folder in which `towers prepare` keeps what it needs until it has ended."""
 
@@ -68,7 +69,7 @@ def open_dataset(url: str, *, check: bool = True, labelled: bool = True) -> Data
         return dataset
     if fs.exists(f"{root}/{WORK}"):
         raise DataError(f"{url}: its preparation has not ended; run `towers prepare` again")
-    found = [path for path in fs.find(root, maxdepth=DEEP) if path.endswith(".parquet")]
+    found = [path for path in files_below(fs, root, DEEP) if path.endswith(".parquet")]
     found = [path for path in found if not hidden(path.removeprefix(root))]
     if not found:
         raise DataError(f"{url}: no Parquet files there; `towers prepare` makes them of images")

@@ -85,22 +85,23 @@ def inside(fs: Any, path: str) -> list[dict[str, Any]]:
     return found
 
 
-def files_below(fs: Any, root: str) -> dict[str, int | None]:
-    """The files below a folder, by name, with their sizes, None where a store knows none. Links
-    on a disk lead on, but not round, and not nowhere.
+def files_below(fs: Any, root: str, levels: int | None = None) -> dict[str, int | None]:
+    """The files below a folder, by name, with their sizes, None where a store knows none; of so
+    many `levels` of folders, its own the first, all if None. Links on a disk lead on, but not
+    round, and not nowhere.
 
     Raises DataError for what may not be read there.
     """
     if isinstance(fs, LocalFileSystem):
         parents = PurePath(os.path.realpath(root)).parents
-        return dict(sorted(_walk(root, tuple(map(str, parents)))))
-    found = fs.find(root, detail=True)
+        return dict(sorted(_walk(root, tuple(map(str, parents)), levels)))
+    found = fs.find(root, maxdepth=levels, detail=True)
     return {name: found[name]["size"] for name in sorted(found)}
 
 
-def _walk(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+def _walk(folder: str, above: tuple[str, ...], levels: int | None) -> Iterator[tuple[str, int]]:
     real = os.path.realpath(folder)
-    if real in above:
+    if real in above or levels == 0:
         return
     try:
         with os.scandir(folder) as found:
@@ -117,7 +118,7 @@ def _walk(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, int]]:
                 raise
             continue
         if size < 0:
-            yield from _walk(entry.path, (*above, real))
+            yield from _walk(entry.path, (*above, real), levels and levels - 1)
         else:
             yield entry.path, size
 

@@ -46,7 +46,7 @@ def claims(
     lines = [_counted_line(count()) for name, count in COUNTS.items() if name in chosen]
     runs: dict[str, list[History]] = {}
     _keep(folder, scale)
-    with alone(folder, SETTINGS):
+    with alone(folder):
         if trained:
             with connected():
                 lab = Lab(folder, scale, seeds, parallel, progress)

@@ -234,8 +234,12 @@ class Feed:
         """What `take` gave, made anew in this process: for a rank that could not fetch it, because
         a node went that held it. The plan is pure, so it is the same.
         """
+        begun = time.monotonic()
         with self.loading:  # both towers of a pair may ask
-            part = self.fleet.load(index, replica, self.loaders)
+            while (part := self.fleet.load(index, replica, self.loaders)).away:
+                if time.monotonic() - begun > PATIENCE:
+                    break
+                time.sleep(1)
         part = replace(part, node=ray.get_runtime_context().get_node_id())
         made = [ray.put(table) for table in pack(part, self.fleet.apart)]
         return [made[0] if pixels else None, made[-1]]

@@ -15,6 +15,7 @@ from datasets import DataError
 from datasets.augmentation import Augmentation, Batch, Loader
 from datasets.layout import Dataset
 from datasets.plan import Itinerary, RowNumbers
+from datasets.rows import Rows
 from datasets.statistics import Statistics
 from datasets.storage import StoreFailed
 from workers.config import Config
@@ -81,6 +82,7 @@ class Fleet:
                     cache=self._cache_bytes(item.split),
                     again=bool(self.pool)
                     or self.itinerary.total_steps > self.itinerary.steps_per_epoch,
+                    memory=Rows.cache_bytes // (self.pool.runs if self.pool else 1),
                 )
             batch = loaders[item.split].load(
                 rows, item.epoch, item.training, np.concatenate(later) if later else None

@@ -30,16 +30,18 @@ def measure(dataset: Dataset, size: int, on_error: str, resources: dict[str, flo
         if error:
             for ref in waiting:
                 ray.cancel(ref)
-            raise DataError(error)
+            raise error
         total.merge(found)
     return total.finish()
 
 
-def _sums(dataset: Dataset, size: int, groups: range, on_error: str) -> tuple[Sums, str]:
+def _sums(
+    dataset: Dataset, size: int, groups: range, on_error: str
+) -> tuple[Sums, DataError | None]:
     try:
-        return sums_of_groups(dataset, "train", size, groups, on_error=on_error), ""
+        return sums_of_groups(dataset, "train", size, groups, on_error=on_error), None
     except DataError as error:
-        return Sums(size), str(error)
+        return Sums(size), error
 
 
 def _parts(groups: tuple[int, ...]) -> Iterator[range]:

@@ -7,7 +7,7 @@ import fcntl
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from fsspec.implementations.local import LocalFileSystem
@@ -121,19 +121,30 @@ def claimed(path: str) -> IO[bytes]:
 
 
 @contextmanager
-def alone(folder: str, name: str) -> Iterator[None]:
-    """Within it no other process works in a folder by whose file `name` that is known; stores have
-    no locks. Raises UserError if one does.
+def alone(folder: str) -> Iterator[None]:
+    """Within it no other process works in a folder, which is made if it is not there, and goes if
+    it stays empty; stores have no locks. Raises UserError if one does.
     """
     if "://" in folder:
         yield
         return
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
+        place = os.open(folder, os.O_RDONLY)
     try:
-        file = claimed(f"{folder}/{name}")
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process works there") from None
-    with file:
-        yield
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process works there") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it is not empty
+                os.rmdir(folder)
+    finally:
+        os.close(place)
 
 
 @contextmanager

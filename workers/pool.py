@@ -51,7 +51,7 @@ class Pool:
             max_restarts=-1,
             max_task_retries=-1,
         )
-        return cls(runs, tuple(actor.remote(2 * runs) for _ in range(count)))
+        return cls(runs, tuple(actor.remote(runs) for _ in range(count)))
 
     def end(self) -> None:
         """Ends the actors."""
@@ -67,7 +67,7 @@ class Pool:
         while True:
             while len(waiting) < most and (block := next(left, None)):
                 make = next(turns).make.options(num_returns=3 if fleet.apart else 2)
-                waiting.append(make.remote(shared, *block))
+                waiting.append(make.remote(self.name, shared, *block))
             if not waiting:
                 return
             pixels, *rest, told = waiting.popleft()
@@ -80,20 +80,20 @@ class PooledAugmenter:
     def __init__(self, keep: int) -> None:
         self.keep = keep
         self.node = ray.get_runtime_context().get_node_id()
-        self.known: OrderedDict[str, tuple[Fleet, dict[str, Loader]]] = OrderedDict()
+        self.known: OrderedDict[str, tuple[str, Fleet, dict[str, Loader]]] = OrderedDict()
 
-    def make(self, shared: list[Any], index: int, replica: int) -> tuple[Any, ...]:
+    def make(self, run: str, shared: list[Any], index: int, replica: int) -> tuple[Any, ...]:
         """The tables of a part, and the rest of `Packed`."""
-        fleet, loaders = self._known(shared[0])
+        fleet, loaders = self._known(run, shared[0])
         part = fleet.load(index, replica, loaders)
         told = self.node, part.error if part.away else ""
         return *pack(replace(part, node=self.node), fleet.apart), told
 
-    def _known(self, shared: Any) -> tuple[Fleet, dict[str, Loader]]:
-        key = shared.hex()
-        if key not in self.known:
-            self.known[key] = ray.get(shared), {}
-        self.known.move_to_end(key)
+    def _known(self, run: str, shared: Any) -> tuple[Fleet, dict[str, Loader]]:
+        stream = shared.hex()
+        if run not in self.known or self.known[run][0] != stream:  # another takes its place
+            self.known[run] = stream, ray.get(shared), {}
+        self.known.move_to_end(run)
         if len(self.known) > self.keep:
             self.known.popitem(last=False)
-        return self.known[key]
+        return self.known[run][1:]

@@ -18,7 +18,7 @@ from datasets.sources import Source, find_source
 from datasets.storage import storage
 from workers.cluster import connected
 from workers.config import UserError
-from workers.output import inside, same
+from workers.output import alone, inside, same
 from workers.progress import Progress
 from workers.spread import only_here, spread
 
@@ -59,7 +59,7 @@ def prepare(
     words = read_words(synsets or "") if synsets else _words(source)
     told = read_labels(labels, list(words)) if labels else None
     here = only_here(source, shards)
-    with connected(unless=here):
+    with alone(shards), connected(unless=here):
         entries = _scan(found, workers, progress, here)
         plan = lay_out(shards, found, entries, options, split=split, labels=told, words=words)
         del entries

@@ -154,7 +154,7 @@ def search(folder: str, wanted: Search | None, progress: Progress | None = None)
             _check_new(folder)  # another may have begun meanwhile
             _keep(folder, wanted)
         parallel = todo.parallel or slots()
-        with alone(folder, SEARCH):
+        with alone(folder):
             shards = prepare_data([config], folder, progress)
             shared = replace(todo, fixed={**todo.fixed, "shards": shards})
             make = partial(_config, shared, folder)

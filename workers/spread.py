@@ -29,8 +29,8 @@ def spread(
     item's number; by as many tasks of one CPU as the cluster has room for, or `workers`; with
     `gpus`, by as many processes at most of one GPU each; in this process if `here`.
 
-    A lost task's item is done again: its values come once. Raises DataError as a task did, and
-    UserError if the cluster has no room.
+    A lost task's item is done again: its values come once. Raises the DataError or UserError that
+    a task did, and UserError if the cluster has no room.
     """
     if here or not items:
         yield from ((n, value) for n, item in enumerate(items) for value in function(shared, item))
@@ -59,22 +59,27 @@ def spread(
     for bundle in found.iter_internal_ref_bundles():
         for table in ray.get(bundle.block_refs):
             for row in table.to_pylist():
-                if row["error"]:
-                    raise DataError(row["error"])
-                yield row["item"], pickle.loads(row["value"])
+                value = pickle.loads(row["value"])
+                if row["failed"]:
+                    raise value
+                yield row["item"], value
     settle()
 
 
 def _call(block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:
     row = block.to_pylist()[0]
-    item, error = row["item"], ""
+
+    def table(value: Any, failed: bool) -> pa.Table:
+        return pa.table({"item": [row["item"]], "value": [pickle.dumps(value)], "failed": [failed]})
+
+    fault: Exception | None = None
     try:
         for value in function(ray.get(shared), pickle.loads(row["value"])):
-            yield pa.table({"item": [item], "value": [pickle.dumps(value)], "error": [""]})
-    except (DataError, UserError) as fault:
-        error = str(fault)
-    if error:
-        yield pa.table({"item": [item], "value": [b""], "error": [error]})
+            yield table(value, False)
+    except (DataError, UserError) as error:
+        fault = error
+    if fault:
+        yield table(fault, True)
 
 
 class _Caller:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import made
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -173,15 +174,75 @@ def test_lists_of_labels(text: str, tmp_path: Path) -> None:
     flat = [(f"val_{n}.jpg", made.encoded(n)) for n in range(2)]
     (tmp_path / "val.tar").write_bytes(made.tar_bytes(flat))
     (tmp_path / "list.txt").write_text(text)
-    prepare(made.make("tar", tmp_path / "source"), tmp_path / "shards", split="train")
+    keep = Options(keep=True)
+    prepare(made.make("tar", tmp_path / "source"), tmp_path / "shards", keep, split="train")
     labels = read_labels(f"{tmp_path}/list.txt", [])
-    prepare(
-        f"{tmp_path}/val.tar", tmp_path / "shards", Options(keep=True), split="val", labels=labels
-    )
+    prepare(f"{tmp_path}/val.tar", tmp_path / "shards", keep, split="val", labels=labels)
     assert sorted(rows(tmp_path / "shards", "val")) == [
         ("cat", made.encoded(0)),
         ("dog", made.encoded(1)),
     ]
+
+
+def write_images(folder: Path, *names: str) -> str:
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(made.encoded(number))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        # As Tiny ImageNet and Kaggle's cats and dogs come.
+        (
+            ("train/n01/images/a.jpg", "train/n02/images/b.jpg", "val/images/c.jpg"),
+            "val .*'images'",
+        ),
+        (("train/cat/a.jpg", "train/dog/b.jpg", "test/test1/c.jpg"), "test .*'test1'"),
+        (("train/cat/a.jpg", "train/dog/b.jpg", "val/Cat/c.jpg", "val/dog/d.jpg"), "val .*'Cat'"),
+    ],
+)
+def test_a_class_that_training_never_shows_is_refused(
+    names: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    source = write_images(tmp_path / "source", *names)
+    with pytest.raises(DataError, match=f"{message}, and train has none; say what .* by --labels"):
+        prepare(source, tmp_path / "shards")
+    manifest = prepare(source, tmp_path / "shards", split="train")
+    assert list(manifest["rows"]) == ["train"]
+
+
+def test_one_size_holds_for_all_splits(tmp_path: Path) -> None:
+    source, shards = made.make("tar", tmp_path / "source"), tmp_path / "shards"
+    prepare(source, shards, Options(size=16), split="train")
+    for options in (Options(size=24), Options(size=16, keep=True)):
+        with pytest.raises(DataError, match="train was prepared by --size 16; say so here too"):
+            prepare(source, shards, options, split="val")
+    prepare(source, shards, Options(size=16), split="val")
+
+
+def test_numbers_are_names_where_classes_are_numbered(tmp_path: Path) -> None:
+    train = write_images(tmp_path / "train", *(f"{n:03}/a.jpg" for n in (1, 2, 3)))
+    val = write_images(tmp_path / "val", "1/a.jpg", "2/a.jpg")
+    prepare(train, tmp_path / "shards", split="train")
+    with pytest.raises(DataError, match="class '1' is none of the 3"):
+        prepare(val, tmp_path / "shards", split="val")
+
+
+def test_labels_by_order_label_rows_in_theirs(tmp_path: Path) -> None:
+    """Not in that of their names, in which row 10 comes before row 2."""
+    table = {"image": [made.encoded(n) for n in range(12)], "label": [None, *[11] * 11]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    labels = [str(n) for n in range(12)]
+    (tmp_path / "labels.txt").write_text("".join(f"{n + 1}\n" for n in range(12)))
+    told = read_labels(f"{tmp_path}/labels.txt", labels)
+    assert told == labels
+    source = f"{tmp_path}/a.parquet"
+    prepare(source, tmp_path / "shards", Options(keep=True), split="train", labels=told)
+    want = [(str(n), made.encoded(n)) for n in range(12)]
+    assert sorted(rows(tmp_path / "shards", "train")) == sorted(want)
 
 
 def test_folders_named_like_splits_are_splits(tmp_path: Path) -> None:

@@ -357,6 +357,16 @@ def test_a_row_group_in_several_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     assert Rows(dataset, "train").read(np.arange(10)) == want
 
 
+def test_folders_that_are_links_are_looked_into(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write_split(f"{tmp_path}/far/{split}", split, records(4), CLASSES)
+        (tmp_path / "near").mkdir(exist_ok=True)
+        (tmp_path / "near" / split).symlink_to(tmp_path / "far" / split)
+    (tmp_path / "near/train/round").symlink_to(tmp_path / "near")
+    found = open_dataset(f"{tmp_path}/near")
+    assert {split: found.rows(split) for split in found.splits} == {"train": 4, "val": 4}
+
+
 def test_manifest_and_files_that_disagree(tmp_path: Path) -> None:
     write(str(tmp_path), 10, rows_per_group=2, shard_bytes=28)
     second = tmp_path / "train-00001-of-00003.parquet"

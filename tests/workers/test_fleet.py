@@ -279,6 +279,25 @@ def test_a_store_that_is_away_is_waited_for_and_not_for_ever(
     assert time.monotonic() - begun >= 0.3
 
 
+@pytest.mark.usefixtures("cluster")
+def test_what_is_made_again_waits_for_a_store_too(
+    shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = fleet(shards)
+    feed, made = Feed(there), there.load(0, 0, {})
+    answers = [replace(made, error="it is gone", away=True), made]
+    monkeypatch.setattr(there, "load", lambda *_: answers.pop(0) if answers[1:] else answers[0])
+
+    def again() -> Part:
+        pixels, rest = ray.get(feed.again(0, 0, True))
+        return unpack(pixels, rest)
+
+    assert (again().batch.crops == made.batch.crops).all()
+    monkeypatch.setattr("workers.feed.PATIENCE", 0.5)
+    answers[:] = [replace(made, error="it is gone", away=True)]
+    assert again().error == "it is gone"
+
+
 def test_how_long_a_stream_took_to_start_is_no_measure_of_the_next() -> None:
     """Nodes may have been away meanwhile."""
     fleet = Starting()

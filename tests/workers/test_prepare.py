@@ -23,14 +23,14 @@ import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-from datasets import DataError
 from datasets.drawn import draw
 from datasets.images import decode, encode
 from datasets.kept import Options
 from datasets.rows import Rows
 from datasets.shards import open_dataset
-from datasets.storage import whole
+from datasets.storage import StoreFailed, whole
 from workers.cli import main
+from workers.output import alone
 from workers.prepare import prepare
 from workers.validate import validate
 
@@ -141,6 +141,15 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert not (shards / "dataset.json").exists()
     prepare(source, str(shards), SMALL)
     assert contents(shards) == contents(prepared)
+
+
+def test_two_commands_do_not_work_in_one_folder(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with alone(f"{tmp_path}/shards"):
+        assert main(["prepare", source, f"{tmp_path}/shards"]) == 2
+    assert "shards: another process works there" in capsys.readouterr().err
+    assert not (tmp_path / "shards").exists()  # nothing was made
 
 
 def test_the_options_of_the_command_do_what_they_say(cluster: None, tmp_path: Path) -> None:
@@ -286,7 +295,9 @@ def test_a_store_that_goes_on_failing_is_named(
     monkeypatch.setattr("datasets.storage.PAUSE", 0.0)
     fsspec.filesystem("s3").put(source, "bucket/source/shapes.tar")
     store.share = 1.0
-    with pytest.raises(DataError, match=r"s3://bucket/source/shapes\.tar: the store failed, again"):
+    with pytest.raises(
+        StoreFailed, match=r"s3://bucket/source/shapes\.tar: the store failed, again"
+    ):
         prepare("s3://bucket/source/shapes.tar", f"{tmp_path}/shards", SMALL)
 
 

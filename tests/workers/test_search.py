@@ -17,9 +17,9 @@ from workers.cli import main
 from workers.config import Config, UserError, configure
 from workers.confirm import confirm
 from workers.errors import RunFailed
-from workers.experiments import SETTINGS, claims
+from workers.experiments import claims
 from workers.history import read_history
-from workers.lab import Lab, Scale
+from workers.lab import ArmRun, Lab, Scale
 from workers.output import alone
 from workers.progress import Progress
 from workers.run import CONFIG, EVENTS, read_lines
@@ -214,7 +214,7 @@ def test_a_claim_is_judged_by_runs_that_are_not_run_again(
     scale = Scale(shards, scale=0.1, images=100)
     with pytest.raises(UserError, match=r"-seed0 was trained with \w+ .*, and the claim has"):
         claims(folder, ["pooling"], scale, seeds=1)
-    config = Lab(folder, scale, 1, None, Progress()).config(ARMS["pooling-3-2"], 0, base)
+    config = Lab(folder, scale, 1, None, Progress()).config(ArmRun(ARMS["pooling-3-2"], 0))
     Path(base, CONFIG).write_text(config.to_toml())  # as if it had been trained so
     first = claims(folder, ["pooling"], scale, seeds=1, progress=Listener())
     assert "to run: 1" in said
@@ -230,7 +230,7 @@ def test_a_claim_is_judged_by_runs_that_are_not_run_again(
     assert claims(folder, ["pooling"], scale, seeds=1, progress=Listener())["claims"] == [line]
     assert not any("to run" in text for text in said)
     with (
-        alone(folder, SETTINGS),
+        alone(folder),
         pytest.raises(UserError, match="claims: another process works there"),
     ):
         claims(folder, ["pooling"], scale, seeds=1)
