@@ -50,8 +50,8 @@ def labels_of(
         places = list(range(len(names)))
         if not source.dataset:  # whose rows have an order of their own
             places.sort(key=names.__getitem__)
-        told = dict(zip(places, labels, strict=True))
-        return [told[i] for i in range(len(names))], given
+        by_place = dict(zip(places, labels, strict=True))
+        return [by_place[i] for i in range(len(names))], given
     if labels is not None:
         counts = Counter(map(stem, names))
         found = [_told(labels, name, counts[stem(name)] == 1) for name in names]
@@ -64,6 +64,13 @@ def labels_of(
         pairs = by_folder(names)
         splits = [pair[1] or own for pair, own in zip(pairs, given, strict=True)]
         return [pair[0] for pair in pairs], splits
+    if source.kind == "list":
+        told: dict[str, str | None] = {}
+        for name, label in zip(names, known, strict=True):
+            if told.setdefault(name, label) != label:
+                raise DataError(
+                    f"{source.url}: {name} is {told[name]!r} and {label!r}; remove a line"
+                )
     return known, given
 
 
@@ -95,7 +102,7 @@ def codes_of(
     """Class numbers, -1 for none. A number counts the classes from 0 if none is called by one."""
     known = {name: number for number, name in enumerate(classes)}
     numbered = any(map(str.isdecimal, classes))  # then a number is a name, and no other class's
-    for name in {name for name in names if name is not None and name not in known}:
+    for name in sorted({name for name in names if name is not None and name not in known}):
         if numbered or not (name.isdecimal() and int(name) < len(classes)):
             raise DataError(
                 f"{source.url}: class {name!r} is none of the {len(classes)} that are there already"

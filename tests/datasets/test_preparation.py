@@ -214,6 +214,13 @@ def test_a_class_that_training_never_shows_is_refused(
     assert list(manifest["rows"]) == ["train"]
 
 
+def test_a_list_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    write_images(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "list.csv").write_text("path,label\na.jpg,cat\nb.jpg,dog\na.jpg,dog\n")
+    with pytest.raises(DataError, match=r"list\.csv: a\.jpg is 'cat' and 'dog'; remove a line"):
+        prepare(f"{tmp_path}/list.csv", tmp_path / "shards")
+
+
 def test_one_size_holds_for_all_splits(tmp_path: Path) -> None:
     source, shards = made.make("tar", tmp_path / "source"), tmp_path / "shards"
     prepare(source, shards, Options(size=16), split="train")
