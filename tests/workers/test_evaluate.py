@@ -12,7 +12,6 @@ import pytest
 import torch
 from ray.data import DataContext
 
-from datasets import DataError
 from datasets.drawn import draw
 from datasets.images import encode
 from datasets.shards import write_manifest, write_split
@@ -148,7 +147,7 @@ def test_a_network_that_has_diverged_is_not_evaluated(run: str, data: str, tmp_p
     shutil.rmtree(tmp_path / "run/checkpoints")
     import_(f"{tmp_path}/w.pt", f"{tmp_path}/far", {"network": "alexnet-mini"})
     shutil.copytree(tmp_path / "far/checkpoints", tmp_path / "run/checkpoints")
-    with pytest.raises(DataError, match="run step 0: what the network makes of images are no numb"):
+    with pytest.raises(UserError, match="run step 0: what the network makes of images are no numb"):
         evaluate([f"{tmp_path}/run"], data=data)
 
 
