@@ -5,8 +5,9 @@
 Each delivers shuffled batches of 128 random 224x224 crops in uint8, half of them mirrored, from
 JPEGs of 256x256 pixels that `towers prepare` made of photographs. Rates are held against those of
 bare loops on as many cores, a process each: of Pillow calls, and of the fastest that we know. The
-other libraries decode with Pillow. Towers stands there twice: decoding each image each time as all
-others do, and with images that it has decoded before, as in all epochs but the first. WebDataset
+other libraries decode with Pillow. Towers stands there three times: what makes its batches as a
+loop too, to tell what Ray takes; decoding each image each time as all others do; and with images
+that it has decoded before, as in all epochs but the first. WebDataset
 and MosaicML Streaming are left out where they are not installed. MosaicML's pins shut out our
 NumPy: `pip install --no-deps` is a way to have it.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import glob
 import io
+import itertools
 import os
 import random
 import subprocess
@@ -33,6 +35,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 from table import cores as cores_here
 from table import publish
+
+from datasets.augmentation import Augmentation, Loader
+from datasets.plan import Plan
+from datasets.shards import open_dataset
+from datasets.statistics import Statistics
 
 PHOTOGRAPHS = "shared/data/imagenet-sample/ILSVRC2012_img_train.tar"  # beside the repository
 SIZE, CROP, BATCH = 256, 224, 128
@@ -128,6 +135,15 @@ def best_loop(shards: str, cores: int) -> Batches:
             else:
                 crop.reshape(CROP, -1)[:] = rows
         yield batch
+
+
+def loader_loop(shards: str, cores: int) -> Batches:
+    dataset, statistics = open_dataset(shards), Statistics.load(f"{shards}/statistics.npz")
+    loader = Loader(dataset, "train", Augmentation(SIZE, CROP), statistics.colour(), seed=0)
+    for epoch in itertools.count():
+        plan = Plan(dataset.groups("train"), BATCH, seed=0, epoch=epoch)
+        for number in range(plan.batches):
+            yield loader.load(plan.batch_rows(number), epoch, train=True).crops
 
 
 class Photographs:
@@ -253,6 +269,7 @@ def rows(shards: str) -> int:
 STREAMS: dict[str, Callable[[str, int], Batches]] = {
     "bare loop, Pillow": pillow_loop,
     "bare loop, the best we know": best_loop,
+    "Towers' loader in a loop, without Ray": loader_loop,
     "torch DataLoader": data_loader,
     "WebDataset": web_dataset,
     "MosaicML Streaming": mosaic,
@@ -260,7 +277,7 @@ STREAMS: dict[str, Callable[[str, int], Batches]] = {
     "Towers": fleet,
     "Towers, once all images are decoded": cached,
 }
-LOOPS = list(STREAMS)[:2]  # in one process; the others use all cores
+LOOPS = list(STREAMS)[:3]  # in one process; the others use all cores
 
 
 def rate(name: str, shards: str, cores: int, seconds: float) -> float | None:
@@ -331,7 +348,7 @@ def main() -> None:
         used = processes if name in LOOPS else cores
         row = {"stream": name, "cores": used, "images/s": found, "a core": found / used}
         # Two cores are seldom twice one: what uses all of them is held against loops that do.
-        for loop, column in zip(LOOPS, ("x Pillow", "x the best loop"), strict=True):
+        for loop, column in zip(LOOPS[:2], ("x Pillow", "x the best loop"), strict=True):
             limit = best.get((loop, used))
             row[column] = found / limit if limit else None
         table.append(row)

@@ -50,9 +50,9 @@ class Augmentation:
         if self.crop > self.size:
             raise ValueError(f"crop is {self.crop}: size, {self.size}, at most")
 
-    def mirrored(self, drawn: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Which crops are mirror images by their `draws`, float64 [..., 3]: bool [...]."""
-        return self.mirror & (drawn[..., 2] < 0.5)
+    def mirrored(self, drawn: Sequence[float]) -> bool:
+        """Whether a crop is a mirror image by the three numbers of `draws` for it."""
+        return self.mirror and drawn[2] < 0.5
 
 
 def generator(seed: int, epoch: int, row: int) -> np.random.Generator:
@@ -74,10 +74,11 @@ def draws(
     return crops, colours
 
 
-def train_crop(pixels: Pixels, aug: Augmentation, drawn: NDArray[np.float64]) -> Pixels:
+def train_crop(pixels: Pixels, aug: Augmentation, drawn: Sequence[float]) -> Pixels:
     """A crop of `pixels` uint8 [H, W, 3] as `aug` has it: uint8 [crop, crop, 3].
 
-    `drawn` float64 [3] are its `draws`. Raises ValueError if the image is smaller than the crop.
+    `drawn` are the three numbers of `draws` for it. Raises ValueError if the image is smaller than
+    the crop.
     """
     height, width = (side + 2 * aug.pad for side in pixels.shape[:2])
     _check(pixels, aug.crop)
@@ -228,13 +229,15 @@ class Loader:
         mirrored, shifts = set[int](), batch.shifts
         if train:
             crops, colours = draws(self.seed, epoch, rows.tolist())
-            mirrored.update(rows[aug.mirrored(crops)].tolist())
+            drawn = crops.tolist()
+            each = zip(rows.tolist(), drawn, strict=True)
+            mirrored.update(row for row, numbers in each if aug.mirrored(numbers))
             if self.colour is not None:
                 shifts = colour_shifts(self.colour, aug.colour, colours)
         samples = self._samples(rows, batch.faults, then, mirrored)
         for kept, (at, label, pixels) in enumerate(samples):
             if train:
-                put(train_crop(pixels, aug, crops[at]), batch.crops[kept])
+                put(train_crop(pixels, aug, drawn[at]), batch.crops[kept])
             else:
                 batch.crops[kept] = centre_crop(pixels, aug.crop)
             batch.shifts[kept] = shifts[at]

@@ -19,7 +19,7 @@ from datasets.rows import Rows
 from datasets.statistics import Statistics
 from datasets.storage import StoreFailed
 from workers.config import Config
-from workers.parts import READ_AHEAD, Packed, Part
+from workers.parts import IN_HAND, READ_AHEAD, Packed, Part
 from workers.placement import Placement
 from workers.pool import Pool
 from workers.watch import Watch
@@ -138,7 +138,7 @@ def store_bytes(config: Config, crop: int, augmenters: int) -> int:
     let go of the block.
     """
     size = part_bytes(config, crop)
-    living = config.replicas * READ_AHEAD + augmenters * (blocks_ahead(size) + 1)
+    living = config.replicas * (READ_AHEAD + IN_HAND) + augmenters * (blocks_ahead(size) + 1)
     return living * size
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from datasets.augmentation import Batch
 
 READ_AHEAD = 8  # finished batches that wait for the towers
+IN_HAND = 3  # that a rank has, as views of the object store: in its step, next, on its way
 
 
 @dataclass(frozen=True)
@@ -89,4 +90,7 @@ def _binary(values: NDArray[Any]) -> pa.Array:
 
 
 def _array(table: pa.Table, name: str, dtype: Any) -> NDArray[Any]:
-    return np.frombuffer(table[name][0].as_buffer(), dtype)
+    column = table[name].chunk(0)  # a scalar taken of it would be a copy
+    _, ends, values = column.buffers()
+    start, end = np.frombuffer(ends, np.int64)[column.offset : column.offset + 2]
+    return np.frombuffer(values[start:end], dtype)

@@ -408,6 +408,7 @@ def test_packing_keeps_all(apart: bool) -> None:
         assert getattr(part.batch, name).tolist() == getattr(batch, name).tolist()
     assert (part.batch.skipped, part.batch.faults) == (1, ["a row is bad"])
     assert (part.places.tolist(), part.error, part.node) == ([9, 11], "", "node")
+    assert np.shares_memory(part.batch.crops, batch.crops)  # no copy either way
 
 
 def test_statistics_are_the_same_by_many_workers(shards: str, cluster: None) -> None:
