@@ -30,10 +30,11 @@ class Actors:
             PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
             for bundle in placement.seats(room.nodes_of(group), mesh)
         ]
-        # Beside the first tower, so that the feed does not go with a node that only augments.
+        # Beside the first tower, so that the feed does not go with a node that only augments. A
+        # rank may ask for a part anew while its call for the next one waits.
         self.feed = (
             ray.remote(Feed)
-            .options(num_cpus=0, max_concurrency=mesh.size + 4, scheduling_strategy=seats[0])
+            .options(num_cpus=0, max_concurrency=2 * mesh.size + 4, scheduling_strategy=seats[0])
             .remote(fleet)
         )
         self.towers = [self._tower(job, rank, seat) for rank, seat in enumerate(seats)]

@@ -115,27 +115,30 @@ class Feed:
                     if self._unwanted(number):
                         return
                     now = time.monotonic()
-                    if part.away:
+                    held = self.window.get(key)
+                    missing = key >= self.next or (held is not None and not held.part)
+                    if missing and part.away:
                         self.away, self.since = part.away, self.since or now
                         if now - self.since < PATIENCE:
                             self._begin()  # with the missing part: blocks ahead may lack too
                             return
-                    self.away, self.since = "", 0.0
+                    if missing:  # else a stream before brought it: no news
+                        self.away, self.since, self.broken = "", 0.0, 0
                     if self.nodes and self.asked:  # else that was the start of actors
                         self.slowest = max(self.slowest, now - self.moved)
                     elif not self.came:
                         self.came, self.slowest = True, 0.0
                     if now - self.begun > CALM_SECONDS:
                         self.row = 0
-                    self.moved, self.broken = now, 0
+                    self.moved = now
                     self.nodes.add(part.node)
                     self.known.add(part.node)
                     if key >= self.next:
-                        self.window[key] = _Held(*self.takers)
+                        held = self.window[key] = _Held(*self.takers)
                         more = replica + 1 < self.fleet.replicas
                         self.next = (index, replica + 1) if more else (index + 1, 0)
-                    held = self.window.get(key)
-                    if held and not held.part:  # a stream before may have brought it
+                    if missing:
+                        assert held
                         held.part = part
                     self.there.notify_all()
         except BaseException as error:

@@ -244,15 +244,25 @@ def test_replicas_get_an_item_once_all_its_parts_are_there(shards: str, cluster:
 
 
 class Starting:
-    """A fleet whose streams take `seconds` to start, and whose store may be `away`."""
+    """A fleet whose streams take `seconds` to start, and whose store may be `away`, or whose
+    streams may end by an `error`; both at the last replica's parts.
+    """
 
-    replicas, itinerary, seconds, away = 1, range(1000), 0.0, ""
-    where = SimpleNamespace(mesh=Mesh(1, 1, 1))
+    itinerary, seconds, away = range(1000), 0.0, ""
+    error: Exception | None = None
+
+    def __init__(self, replicas: int = 1) -> None:
+        self.replicas, self.where = replicas, SimpleNamespace(mesh=Mesh(replicas, 1, 1))
 
     def stream(self, start: int, watch: Watch) -> Iterator[tuple[int, int, Packed]]:
         time.sleep(self.seconds)
         for index in self.itinerary[start:]:
-            yield index, 0, Packed("pixels", "fault" if self.away else "rest", "node", self.away)
+            for replica in range(self.replicas):
+                last = replica == self.replicas - 1
+                if last and self.error:
+                    raise self.error
+                away = self.away if last else ""
+                yield index, replica, Packed("pixels", "fault" if away else "rest", "node", away)
 
 
 def test_a_store_that_is_away_is_waited_for_and_not_for_ever(
@@ -280,6 +290,26 @@ def test_a_store_that_is_away_is_waited_for_and_not_for_ever(
         taken += 1
     assert last == ["pixels", "fault"]
     assert time.monotonic() - begun >= 0.3
+
+
+@pytest.mark.parametrize("why", ["it is gone", ray.exceptions.RayError("a node is gone")])
+def test_what_a_stream_brings_again_is_no_news(
+    why: str | Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each begins with the first replica's part, which is there."""
+    monkeypatch.setattr("workers.feed.PATIENCE", 0.3)
+    fleet = Starting(replicas=2)
+    fleet.seconds = 0.02
+    if isinstance(why, str):
+        fleet.away = why
+    else:
+        fleet.error = why
+    feed = Feed(fleet)  # type: ignore[arg-type]
+    with feed.there:
+        feed._begin()
+    until(lambda: feed.failure or feed._has(0), 20)
+    assert feed.failure is fleet.error
+    assert feed.failure or feed.take(0, 1, True) == ["pixels", "fault"]
 
 
 @pytest.mark.usefixtures("cluster")
