@@ -18,7 +18,7 @@ from ray.data.block import BlockMetadataWithSchema
 from ray.data.dataset import MaterializedDataset
 
 from datasets.augmentation import Loader
-from workers.fleet import Fleet, blocks_ahead, part_bytes, store_bytes
+from workers.fleet import Fleet, blocks_ahead, store_bytes
 from workers.parts import Packed, pack
 from workers.watch import Watch
 
@@ -67,7 +67,7 @@ def _set_context(fleet: Fleet, watch: Watch, high: int) -> int:
     Returns how many blocks each augmenter is to have at a time.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    size = part_bytes(fleet.config, fleet.crop)
+    size = fleet.part_bytes
     context = DataContext.get_current()
     context.enable_progress_bars = False
     # Each half of a part is to be a block of its own, where there are halves.

@@ -48,6 +48,7 @@ class Fleet:
         self.replicas = where.mesh.replicas
         self.apart = where.mesh.stages > 1  # two blocks a part cost the fleet a quarter of its rate
         self.crop = config.build(len(dataset.classes)).crop
+        self.part_bytes = part_bytes(config, self.crop)
         self.aug = Augmentation(
             config.image,
             self.crop,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.mesh import Mesh
@@ -151,6 +151,17 @@ def _alone(
             alone.append(node["CPU"] / here)
             left -= here
     return alone
+
+
+def side_by_side(nodes: Sequence[dict[str, float]], configs: Iterable[Config]) -> int:
+    """How many runs like these there are at a time if nobody says: as many as have a GPU for each
+    tower, or where there are none a CPU; one at least.
+    """
+    homes, configs = homes_of(nodes), list(configs)
+    gpus = 0 if all(config.device == "cpu" for config in configs) else _gpus(homes)
+    count = gpus or int(sum(node.get("CPU", 0) for node in homes))
+    most = max(config.replicas * config.stages * (config.towers or 1) for config in configs)
+    return max(1, count // most)
 
 
 def homes_of(nodes: Sequence[dict[str, float]]) -> list[dict[str, float]]:

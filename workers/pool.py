@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from workers.fleet import Fleet
 
 AHEAD = 2  # parts that a run has under way or asked for, an augmenter
+AHEAD_BYTES = 256 << 20  # of all of these, if that is less
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Pool:
         shared = [ray.put(fleet)]  # in a list, so that Ray does not send it with each call
         turns, waiting = cycle(self.augmenters), deque[list[Any]]()
         left = iter(blocks)
-        most = AHEAD * len(self.augmenters)
+        most = min(AHEAD * len(self.augmenters), max(AHEAD, AHEAD_BYTES // fleet.part_bytes))
         while True:
             while len(waiting) < most and (block := next(left, None)):
                 make = next(turns).make.options(num_returns=3 if fleet.apart else 2)

@@ -21,7 +21,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from workers.config import Config, UserError
+from workers.config import Config
 from workers.placement import AUGMENT, Lacking, Placement, decide
 
 PATIENCE = 60.0  # seconds that a cluster may take to make room
@@ -168,10 +168,10 @@ def nodes_of(group: PlacementGroup) -> list[str]:
     return [found[bundle] for bundle in range(len(found))]
 
 
-def _no_room(what: str, need: dict[str, float]) -> UserError:
+def _no_room(what: str, need: dict[str, float]) -> Lacking:
     free = ray.available_resources()
     shown = ", ".join(f"{free.get(name, 0):g} {name}" for name in need)
-    return UserError(
+    return Lacking(
         f"the cluster has no room for {what} with {_show(need)} each: "
         f"free now are {shown}; end other jobs or add nodes"
     )

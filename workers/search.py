@@ -21,10 +21,12 @@ from workers.config import NOWHERE, Config, UserError, configure
 from workers.confirm import confirm
 from workers.errors import RunFailed
 from workers.output import alone, writing
+from workers.placement import side_by_side
 from workers.progress import Progress
+from workers.room import cluster_nodes, place
 from workers.search_page import search_page
 from workers.space import CHANGEABLE, Domain, Space, published
-from workers.trials import Plan, Trial, prepare_data, run_trials, slots
+from workers.trials import Plan, Trial, prepare_data, run_trials
 
 SEARCH, TRIALS, BEST, REPORT = "search.json", "trials.jsonl", "best.toml", "report.html"
 REDUCTION = 3  # of the trials that come to a rung of ASHA, one in so many goes on
@@ -132,7 +134,7 @@ class Search:
             searcher = BasicVariantGenerator(
                 points_to_evaluate=first, max_concurrent=parallel, random_state=base.seed
             )
-        return Plan(space, self.trials, searcher, scheduler, parallel, self.minutes)
+        return Plan(space, parallel, self.trials, searcher, scheduler, self.minutes)
 
 
 def search(folder: str, wanted: Search | None, progress: Progress | None = None) -> dict[str, Any]:
@@ -150,16 +152,18 @@ def search(folder: str, wanted: Search | None, progress: Progress | None = None)
             open_dataset(todo.fixed["shards"])  # before anything is made or started
     with connected():
         config = todo.config({}, folder)
+        parallel = min(todo.parallel or side_by_side(cluster_nodes(), [config]), todo.trials)
+        plan = todo.plan(parallel)
+        place(config, progress.say, plan.parallel)  # or the cluster is too small for it
         if wanted:
             _check_new(folder)  # another may have begun meanwhile
             _keep(folder, wanted)
-        parallel = todo.parallel or slots()
         with alone(folder):
             shards = prepare_data([config], folder, progress)
             shared = replace(todo, fixed={**todo.fixed, "shards": shards})
             make = partial(_config, shared, folder)
             begun = time.time()
-            trials = run_trials(make, todo.plan(parallel), folder, progress, resume=resume)
+            trials = run_trials(make, plan, folder, progress, resume=resume)
             lines = [_line(todo, trial) for trial in trials]
             best = _best(lines)
             confirmed = None

@@ -19,6 +19,7 @@ from workers.cluster import connected
 from workers.config import Config, UserError
 from workers.data import known_statistics
 from workers.errors import Diverged
+from workers.placement import Lacking
 from workers.pool import Pool
 from workers.progress import Progress
 from workers.run import COMPLETE, CONFIG, checkpoint_url, checkpoints, is_run, occupied
@@ -60,7 +61,7 @@ def trial(settings: dict[str, Any], make: Make, pool: Pool, folder: str) -> None
                 progressed=reporter.checkpointed,
                 pool=replace(pool, name=name),
             )
-        except StoreFailed:  # which may be back by another try
+        except (StoreFailed, Lacking):  # either may be mended by another try
             raise
         except (DataError, UserError, Diverged) as error:
             reporter.failed(str(error))  # another try would end the same way

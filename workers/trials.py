@@ -48,15 +48,15 @@ class Trial:
 @dataclass(frozen=True)
 class Plan:
     """Which trials there are to be: `samples` draws from `space` (grids in it are gone through), by
-    a `searcher` of Tune's if not at random, ended early by a `scheduler`; `parallel` at a time, one
-    a CPU or GPU if None; all of them ended after `minutes`, and one once `stop(report)`.
+    a `searcher` of Tune's if not at random, ended early by a `scheduler`; `parallel` at a time; all
+    of them ended after `minutes`, and one once `stop(report)`.
     """
 
     space: dict[str, Any]
+    parallel: int
     samples: int = 1
     searcher: Any = None
     scheduler: Any = None
-    parallel: int | None = None
     minutes: float | None = None
     stop: Callable[[dict[str, Any]], bool] | None = None
 
@@ -83,8 +83,7 @@ def run_trials(
     """
     _silence()
     _Told.progress, _Told.total = progress, plan.count
-    parallel = plan.parallel or slots()
-    pool = Pool.started(parallel, room.cluster_nodes())
+    pool = Pool.started(plan.parallel, room.cluster_nodes())
     function = tune.with_parameters(trial, make=make, pool=pool, folder=folder)
     # A trial's own process only waits; the run inside it asks for its towers' room itself. Tune
     # wants it to ask for something: a byte.
@@ -102,7 +101,7 @@ def run_trials(
                     search_alg=plan.searcher,
                     scheduler=plan.scheduler,
                     # A generator of Tune's own has the limit in it.
-                    max_concurrent_trials=parallel if _limited(plan) else None,
+                    max_concurrent_trials=plan.parallel if _limited(plan) else None,
                     trial_dirname_creator=_id,
                     time_budget_s=60 * plan.minutes if plan.minutes else None,
                 ),
@@ -136,9 +135,13 @@ def run_all(
     stop: Callable[[dict[str, Any]], bool] | None = None,
 ) -> dict[str, str]:
     """Runs these configurations, by the folders of their runs, as `run_trials` does; what went
-    wrong by run.
+    wrong by run. Raises UserError if the cluster is too small for as many at a time.
     """
-    plan = Plan({"run": tune.grid_search(list(configs))}, parallel=parallel, stop=stop)
+    parallel = parallel or placement.side_by_side(room.cluster_nodes(), configs.values())
+    parallel = min(parallel, len(configs))
+    for config in configs.values():
+        room.place(config, progress.say, parallel)
+    plan = Plan({"run": tune.grid_search(list(configs))}, parallel, stop=stop)
     # Tune's own notes of each attempt apart; the runs themselves know what is done.
     name = f"{name}/{time.strftime('%Y%m%d-%H%M%S')}"
     trials = run_trials(partial(_of, configs), plan, folder, progress, name=name)
@@ -155,14 +158,6 @@ def _limited(plan: Plan) -> bool:
 
 def _id(trial: Any) -> str:
     return trial.trial_id
-
-
-def slots() -> int:
-    """How many trials run side by side if nobody says: one a GPU, or else a CPU."""
-    nodes = room.cluster_nodes()
-    homes = placement.homes_of(nodes)
-    gpus = sum(int(node.get("GPU", 0)) for node in homes)
-    return gpus or max(1, int(sum(node.get("CPU", 0) for node in homes)))
 
 
 def prepare_data(configs: Sequence[Config], folder: str, progress: Progress) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.mesh import Mesh
 from workers.config import Config, UserError, configure
-from workers.placement import Lacking, decide, seats
+from workers.placement import Lacking, decide, seats, side_by_side
 
 Node = dict[str, float]
 
@@ -105,6 +105,23 @@ def test_gpus_of_nodes_set_aside_for_others_do_not_count() -> None:
     where = decide(nodes, config())
     assert (where.device, where.mesh.size) == ("cuda", 1)
     assert decide([{"CPU": 8}, nodes[1]], config()).device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("given", "runs"),
+    [({}, 8), ({"towers": 2}, 4), ({"towers": 2, "stages": 2}, 2), ({"device": "cpu"}, 64)],
+)
+def test_as_many_runs_as_find_devices_are_side_by_side(given: dict[str, Any], runs: int) -> None:
+    nodes: list[Node] = [{"CPU": 32, "GPU": 4}, {"CPU": 32, "GPU": 4}]
+    assert side_by_side(nodes, [config(**given)]) == runs
+    assert decide(nodes, config(**given), runs).mesh.size * runs == (64 if runs == 64 else 8)
+
+
+def test_runs_without_gpus_are_side_by_side_on_cpus() -> None:
+    nodes: list[Node] = [{"CPU": 6}, {"CPU": 8, "augment": 1}]
+    assert side_by_side(nodes, [config()]) == 6
+    assert side_by_side(nodes, [config(), config(towers=2)]) == 3
+    assert side_by_side([{"CPU": 1}], [config(towers=2)]) == 1
 
 
 @pytest.mark.parametrize("towers", [None, 1, 2])

@@ -15,7 +15,7 @@ from workers.space import read_space
 
 TRIALS = 20
 POPULATION = 8  # of pbt, which has all its trials at once
-PARALLEL = "Runs side by side. [one a GPU, or else a CPU]"
+PARALLEL = "Runs side by side. [a GPU for each tower, or else a CPU]"
 
 
 def add(commands: Any) -> None:
