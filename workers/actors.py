@@ -97,6 +97,8 @@ class Actors:
                     continue  # busy, and so alive
                 except ray.exceptions.RayActorError:
                     lost.append(name)
+        if not lost and isinstance(error, ray.exceptions.ActorUnavailableError):
+            lost.append("the connection to an actor")
         return lost
 
 

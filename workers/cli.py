@@ -83,6 +83,17 @@ def main(argv: list[str] | None = None, *, guard: bool = False) -> int:
         return 1
 
 
+ELSEWHERE = {
+    "--lr": "--rate",
+    "--learning-rate": "--rate",
+    "--batch-size": "--batch",
+    "--weight-decay": "--decay",
+    "--num-workers": "--augmenters",
+    "--gpus": "--towers",
+    "--num-gpus": "--towers",
+}
+"""What other programs call options, and what they are here."""
+
 EMPTY = ("again", "arguments", "address", "cuts", "freeze", "init")
 """Arguments that may be empty: a job's own, and what is to be off though a file sets it."""
 
@@ -125,9 +136,10 @@ class _Parser(argparse.ArgumentParser):
         if left:  # here, as the parser of all commands would not know whose it is
             from difflib import get_close_matches
 
-            known = (flag for flag in self._option_string_actions if flag.startswith("--"))
+            known = {flag for flag in self._option_string_actions if flag.startswith("--")}
             # Of short ones any resembles another: --lr is not --lrn.
             near = len(left[0]) > 6 and get_close_matches(left[0], known, n=1, cutoff=0.75)
+            near = [ELSEWHERE[left[0]]] if ELSEWHERE.get(left[0]) in known else near
             meant = f" (did you mean {near[0]}?)" if near else ""
             self.error(f"no such argument: {left[0]}{meant}")
         return found, left

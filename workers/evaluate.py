@@ -33,7 +33,16 @@ from workers.evaluation_file import write_evaluation
 from workers.output import attempted
 from workers.progress import Progress
 from workers.spread import only_here
-from workers.sweep import OnError, Swept, Work, checked_views, pick_split, sweep, usable_gpus
+from workers.sweep import (
+    Device,
+    OnError,
+    Swept,
+    Work,
+    checked_views,
+    pick_split,
+    sweep,
+    usable_gpus,
+)
 from workers.trained import Step, Trained, open_trained
 
 
@@ -54,6 +63,7 @@ def evaluate(
     weights: Sequence[float] | None = None,
     on_error: OnError = "fail",
     workers: int | None = None,
+    device: Device = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluates runs, and of several their averaged prediction too, on every row of a split once.
@@ -79,8 +89,7 @@ def evaluate(
         dataset = dataset.first(split, config.images)
     for network in networks:
         check_classes_fit(network, dataset)
-    here = only_here(dataset.root)
-    with connected(unless=here):
+    with connected(unless=only_here(dataset.root)):
         work = Work(
             dataset,
             split,
@@ -88,8 +97,7 @@ def evaluate(
             on_error,
             tuple(complete(network, dataset, progress) for network in networks),
             tuple(weights) if weights is not None else None,
-            here,
-            usable_gpus(dataset, networks),
+            usable_gpus(dataset, networks, device),
         )
         found = list(sweep(_evaluate, work, "evaluated", workers, progress))
     rows = np.concatenate([outcome.rows for outcome in found])
@@ -148,7 +156,6 @@ def _joined(parts: Sequence[Verdicts]) -> Verdicts:
 
 
 def _evaluate(work: Work, batches: list[NDArray[np.int64]]) -> Iterator[Outcome]:
-    classifiers = [network.classifier(work.device) for network in work.networks]
     shapes = [network.shape for network in work.networks]
     loaders = {shape: work.loader(shape) for shape in shapes}
     for numbers in batches:
@@ -156,7 +163,7 @@ def _evaluate(work: Work, batches: list[NDArray[np.int64]]) -> Iterator[Outcome]
         # Where bad rows are skipped, one may be bad for the greater crop alone.
         seen = reduce(np.intersect1d, (batch.rows for batch in loaded.values()))
         crops = {shape: torch.from_numpy(_of(batch, seen)) for shape, batch in loaded.items()}
-        some = [c.probabilities(crops[s]) for c, s in zip(classifiers, shapes, strict=True)]
+        some = [c.probabilities(crops[s]) for c, s in zip(work.classifiers, shapes, strict=True)]
         if len(some) > 1:
             some.append(average(some, work.shares))
         first = loaded[shapes[0]]

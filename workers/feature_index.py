@@ -25,7 +25,7 @@ from workers.config import UserError
 from workers.output import check_output, writing
 from workers.progress import Progress
 from workers.spread import only_here, spread
-from workers.sweep import OnError, Swept, Work, sweep, usable_gpus
+from workers.sweep import Device, OnError, Swept, Work, sweep, usable_gpus
 from workers.trained import Trained
 
 INDEX, ABOUT = "neighbours", "index.json"  # a folder in the run, and what it says of itself, last
@@ -45,8 +45,8 @@ class FeatureIndex:
     """What the last layer of a network reads of each row of a split: float32 [rows, units] as
     Parquet files in the network's run, one for each range of rows.
 
-    The cluster's workers make it, `workers` of them if given. It is kept until the checkpoint or
-    the rows are others.
+    The cluster's workers make it, `workers` of them if given, on `device`. It is kept until the
+    checkpoint or the rows are others.
     """
 
     network: Trained
@@ -54,6 +54,7 @@ class FeatureIndex:
     split: str
     on_error: OnError
     workers: int | None
+    device: Device
     progress: Progress
 
     def nearest(self, features: Tensor, k: int) -> list[list[Near]]:
@@ -104,10 +105,9 @@ class FeatureIndex:
                 remove(fs, path)
             fs.makedirs(f"{path}/{folder}", exist_ok=True)
         check_output(f"{self.place}/{ABOUT}")
-        here = only_here(self.dataset.root, self.place)
-        gpus = usable_gpus(self.dataset, [self.network])
         networks = (self.network,)
-        work = Work(self.dataset, self.split, 1, self.on_error, networks, None, here, gpus)
+        gpus = usable_gpus(self.dataset, networks, self.device)
+        work = Work(self.dataset, self.split, 1, self.on_error, networks, None, gpus)
         write = partial(_write, f"{self.place}/{folder}")
         parts = sweep(write, work, "indexed", self.workers, self.progress)
         kept = {"of": of, "folder": folder, "rows": sum(len(part.rows) for part in parts)}
@@ -134,9 +134,8 @@ class FeatureIndex:
 
 def _write(index: str, work: Work, batches: list[NDArray[np.int64]]) -> Iterator[Swept]:
     """Writes the features of a range of rows."""
-    (network,) = work.networks
-    classifier = network.classifier(work.device)
-    loader = work.loader(network.shape)
+    (classifier,) = work.classifiers
+    loader = work.loader(work.networks[0].shape)
     tables, skipped, faults = [], 0, []
     for numbers in batches:
         batch = loader.load(numbers, 0, False)

@@ -9,6 +9,7 @@ import ray
 from datasets import DataError
 from datasets.layout import Dataset
 from datasets.statistics import Statistics, Sums, sums_of_groups
+from workers.room import await_room
 
 GROUPS_ROWS = 2048  # rows that a task goes through
 
@@ -16,8 +17,9 @@ GROUPS_ROWS = 2048  # rows that a task goes through
 def measure(dataset: Dataset, size: int, on_error: str, resources: dict[str, float]) -> Statistics:
     """Mean image and colours of the training split at `size` pixels, by tasks on the cluster.
 
-    Raises DataError at a bad row unless `on_error` is skip.
+    Raises DataError at a bad row unless `on_error` is skip, UserError if the cluster has no room.
     """
+    await_room("what measures mean and colours", resources)
     groups = dataset.groups("train")
     extra = dict(resources)
     task = ray.remote(_sums).options(num_cpus=extra.pop("CPU"), resources=extra or None)

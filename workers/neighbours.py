@@ -24,7 +24,7 @@ from workers.feature_index import FeatureIndex, Near
 from workers.output import check_output, write_output
 from workers.predict import BATCH, image_files, open_known, read_image
 from workers.progress import Progress
-from workers.sweep import OnError
+from workers.sweep import Device, OnError
 from workers.trained import Step, Trained
 
 SIDE, LINE = 144, 18  # pixels of the contact sheet's images and of a line below them
@@ -41,6 +41,7 @@ def neighbours(
     output: str = "",
     on_error: OnError = "fail",
     workers: int | None = None,
+    device: Device = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The `k` rows of a split whose features, what the last layer reads, have the least Euclidean
@@ -59,7 +60,7 @@ def neighbours(
     if output:
         check_output(output, ".png", files)
     files, features = _features(network, files, on_error, progress)
-    index = FeatureIndex(network, dataset, split, on_error, workers, progress)
+    index = FeatureIndex(network, dataset, split, on_error, workers, device, progress)
     found = zip(files, index.nearest(features, k), strict=True)
     shown = [
         {"image": file, "neighbours": [_told(near, network, dataset, split) for near in nearest]}

@@ -21,7 +21,16 @@ from workers.output import check_output, written
 from workers.predict import open_known
 from workers.progress import Progress
 from workers.spread import only_here
-from workers.sweep import OnError, Swept, Work, checked_views, pick_split, sweep, usable_gpus
+from workers.sweep import (
+    Device,
+    OnError,
+    Swept,
+    Work,
+    checked_views,
+    pick_split,
+    sweep,
+    usable_gpus,
+)
 from workers.trained import Step
 
 GROUP = 1 << 16  # rows of a row group of the file
@@ -56,6 +65,7 @@ def predict_rows(
     step: Step = None,
     on_error: OnError = "fail",
     workers: int | None = None,
+    device: Device = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Writes what a run's network sees in every row of the shards `data`, labelled or not, to the
@@ -75,10 +85,9 @@ def predict_rows(
         output, ".parquet", [shard.path for shards in dataset.splits.values() for shard in shards]
     )
     assert network.classes
-    here = only_here(dataset.root)
-    with connected(unless=here):
-        gpus = usable_gpus(dataset, [network])
-        work = Work(dataset, split, views, on_error, (network,), None, here, gpus)
+    with connected(unless=only_here(dataset.root)):
+        gpus = usable_gpus(dataset, [network], device)
+        work = Work(dataset, split, views, on_error, (network,), None, gpus)
         with closing(sweep(_predict, work, "predicted", workers, progress)) as found:
             rows, skipped = _write(output, found, network.classes.names)
     return {
@@ -95,7 +104,7 @@ def predict_rows(
 
 def _predict(work: Work, batches: list[NDArray[np.int64]]) -> Iterator[Seen]:
     (network,) = work.networks
-    classifier, (_, crop) = network.classifier(work.device), network.shape
+    (classifier,), (_, crop) = work.classifiers, network.shape
     loader = work.loader(network.shape, labelled=False)
     for numbers in batches:
         faults: list[str] = []

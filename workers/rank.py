@@ -25,8 +25,8 @@ from pipeline.optimizer import SGD
 from pipeline.tower import Tower
 from pipeline.tracing import clock
 from pipeline.training import Totals, Trainer
-from workers.config import UserError, provenance
-from workers.errors import first_line
+from workers.config import provenance
+from workers.devices import gpu
 from workers.meter import Meter
 from workers.patience import PAUSES, patiently
 from workers.position import has_evaluation
@@ -63,7 +63,7 @@ class Rank:
         config, placement = self.job.config, self.job.placement
         if self.job.folder:
             patiently(partial(check_visible, self.job.folder))
-        device = _gpu() if placement.device == "cuda" else torch.device("cpu")
+        device = gpu() if placement.device == "cuda" else torch.device("cpu")
         if placement.mesh.size > 1:
             _use_interface(ray.util.get_node_ip_address())
             size = placement.mesh.size
@@ -280,18 +280,6 @@ class Rank:
     def weights_sha256(self, path: str) -> str:
         """Of the whole network's weights in a checkpoint."""
         return patiently(partial(checkpoint.weights_sha256, path))
-
-
-def _gpu() -> torch.device:
-    """This process's. Raises UserError if Ray has counted one that torch cannot use."""
-    try:
-        return torch.zeros(1, device=torch.device("cuda", 0)).device
-    except (RuntimeError, AssertionError) as error:  # the latter without CUDA in torch
-        where = ray.util.get_node_ip_address()
-        raise UserError(
-            f"torch {torch.__version__} cannot use the GPU of {where}: {first_line(error)}; "
-            "--device cpu does without"
-        ) from None
 
 
 def _use_interface(ip: str) -> None:

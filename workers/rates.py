@@ -64,6 +64,7 @@ def measure(
         some = sums_of_groups(dataset, "train", config.image, range(1), on_error=config.on_error)
         arguments = dataset, config, where, some.finish()
         progress.say("measuring an augmenter")
+        room.await_room("an augmenter", where.augmenter)
         augmenter = _augmenter(*arguments)
         progress.say(f"measuring {where.mesh.size} tower actor(s) on {where.device}")
         return Rates(_towers(*arguments), augmenter), where.mesh

@@ -113,7 +113,7 @@ class RunFolder:
         self._append(METRICS, line)
         tag = line["split"]
         for name, value in line.items():
-            if isinstance(value, float):
+            if isinstance(value, (int, float)) and name != "step":
                 self._board.add_scalar(f"{tag}/{name}", value, line["step"])
 
     def event(self, kind: str, **values: Any) -> None:

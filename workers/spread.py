@@ -45,7 +45,7 @@ def spread(
     context.target_max_block_size = 1  # so that each value comes when it is there
     context.execution_options.preserve_order = False
     found = given.map_batches(
-        _Caller if gpus else _call,
+        _Caller if gpus else _task,
         fn_kwargs={"function": function, "shared": ray.put(shared)},
         batch_size=1,
         batch_format="pyarrow",
@@ -66,6 +66,10 @@ def spread(
     settle()
 
 
+def _task(block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:
+    yield from _call(block, function, ray.get(shared))
+
+
 def _call(block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:
     row = block.to_pylist()[0]
 
@@ -74,7 +78,7 @@ def _call(block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:
 
     fault: Exception | None = None
     try:
-        for value in function(ray.get(shared), pickle.loads(row["value"])):
+        for value in function(shared, pickle.loads(row["value"])):
             yield table(value, False)
     except (DataError, UserError) as error:
         fault = error
@@ -83,10 +87,13 @@ def _call(block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:
 
 
 class _Caller:
-    """`_call` as an actor."""
+    """`_call` as an actor, where what is shared stays: networks on a GPU."""
+
+    shared: Any = None
 
     def __call__(self, block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:
-        yield from _call(block, function, shared)
+        self.shared = self.shared or ray.get(shared)
+        yield from _call(block, function, self.shared)
 
 
 def only_here(*urls: str) -> bool:

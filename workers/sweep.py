@@ -10,6 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeVar, cast
 
 import numpy as np
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 from datasets.augmentation import Augmentation, Loader
 from datasets.layout import Dataset
 from pipeline import host
+from pipeline.evaluation import Classifier
 from workers.config import UserError
+from workers.devices import gpu
 from workers.errors import RunFailed
 from workers.progress import Progress
 from workers.room import cluster_nodes
@@ -31,12 +34,13 @@ SHOWN = 20  # faults that are printed
 
 Views = Literal[1, 10]
 OnError = Literal["fail", "skip"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
 class Work:
     """What every worker knows. `shares`: the networks' weights in their average, if not equal;
-    `here`: all is done in this process; `gpus`: of the cluster, that are used.
+    `gpus`: of the cluster, that are used.
     """
 
     dataset: Dataset
@@ -45,13 +49,20 @@ class Work:
     on_error: OnError
     networks: tuple[Trained, ...]
     shares: tuple[float, ...] | None
-    here: bool
-    gpus: int
+    gpus: int = 0
 
     @property
-    def device(self) -> str:
-        """On which a worker computes."""
-        return "cuda" if self.gpus else "cpu"
+    def here(self) -> bool:
+        """Whether all is done in this process, as the data is or a run."""
+        return _only_here(self.dataset, self.networks)
+
+    @cached_property
+    def classifiers(self) -> list[Classifier]:
+        """Its networks where this worker computes. Raises UserError for a GPU that torch cannot
+        use.
+        """
+        device = str(gpu()) if self.gpus else "cpu"
+        return [network.classifier(device) for network in self.networks]
 
     def loader(self, shape: tuple[int, int], *, labelled: bool = True) -> Loader:
         """Loads its images for networks of this `shape`, sides of images and crops."""
@@ -73,11 +84,21 @@ class Swept:
 P = TypeVar("P", bound=Swept)
 
 
-def usable_gpus(dataset: Dataset, networks: Sequence[Trained]) -> int:
-    """GPUs to use: the cluster's, unless a run says otherwise or the data is in this process."""
-    if only_here(dataset.root) or any(network.config.device == "cpu" for network in networks):
+def usable_gpus(dataset: Dataset, networks: Sequence[Trained], device: Device = "auto") -> int:
+    """GPUs to use: the cluster's, unless `device` or, if that is auto, a run says otherwise, or the
+    data or a run is in this process. Raises UserError if there are none for `device` cuda.
+    """
+    cpu = device == "auto" and any(network.config.device == "cpu" for network in networks)
+    if cpu or device == "cpu" or _only_here(dataset, networks):
         return 0
-    return sum(int(node.get("GPU", 0)) for node in cluster_nodes())
+    gpus = sum(int(node.get("GPU", 0)) for node in cluster_nodes())
+    if device == "cuda" and not gpus:
+        raise UserError("device is cuda: the cluster has no GPU; --device cpu does without")
+    return gpus
+
+
+def _only_here(dataset: Dataset, networks: Sequence[Trained]) -> bool:
+    return only_here(dataset.root, *(network.run for network in networks))
 
 
 def checked_views(crops: int) -> Views:

@@ -215,11 +215,17 @@ def test_a_mistake_is_one_line_and_exit_2(
     assert not (parquet / "runs").exists()
 
 
-def test_an_unknown_option_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("--netwrok", "--network"), ("--lr", "--rate"), ("--batch-size", "--batch")],
+)
+def test_an_unknown_option_is_exit_2(
+    given: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["train", "--netwrok", "alexnet"])
+        main(["train", given, "1"])
     assert end.value.code == 2
-    said = "towers train: no such argument: --netwrok (did you mean --network?); `towers train -"
+    said = f"towers train: no such argument: {given} (did you mean {meant}?); `towers train -"
     error = capsys.readouterr().err
     assert error.startswith(said)
     assert error.count("\n") == 1

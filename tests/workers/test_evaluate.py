@@ -138,6 +138,11 @@ def test_labels_of_which_some_lack_are_no_fewer_classes(run: str, tmp_path: Path
     assert kept.names == tuple(str(n) for n in range(10))
 
 
+def test_gpus_that_are_not_there_are_not_used(run: str, data: str) -> None:
+    with pytest.raises(UserError, match="device is cuda: the cluster has no GPU; --device cpu"):
+        evaluate([run], data=data, device="cuda")
+
+
 def test_a_network_that_has_diverged_is_not_evaluated(run: str, data: str, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     export(run, f"{tmp_path}/w.pt", 3)

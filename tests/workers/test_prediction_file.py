@@ -84,7 +84,7 @@ def test_an_evaluations_mistakes_are_those_with_the_greatest_loss(tmp_path: Path
     weights = {name: p.detach().numpy() for name, p in tower.weights().items()}
     statistics = Statistics.load(f"{tmp_path}/statistics.npz")
     network = Trained("r", 0, config, weights, classes_of(data), statistics)
-    work = Work(data, "val", 1, "fail", (network,), None, True, 0)
+    work = Work(data, "val", 1, "fail", (network,), None)
     # Every other one of the last thirty rows is right, however great its loss.
     rows, labels = np.arange(10, 40), torch.arange(10, 40) % 10
     wrong = torch.arange(30) % 2

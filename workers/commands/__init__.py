@@ -92,7 +92,7 @@ def _floats(text: str) -> tuple[float, ...]:
 
 
 def workers(parser: argparse.ArgumentParser, *, gpus: bool = False) -> None:
-    """Adds --workers, of which each has a GPU with `gpus`, where there are some."""
+    """Adds --workers, of which each has a GPU with `gpus`, where there are some, and --device."""
     most = "GPUs, which is the most, or else CPUs" if gpus else "CPUs"
     parser.add_argument(
         "--workers",
@@ -100,6 +100,10 @@ def workers(parser: argparse.ArgumentParser, *, gpus: bool = False) -> None:
         metavar="N",
         help=f"Workers; as many as the cluster has {most} if unset.",
     )
+    if gpus:
+        parser.add_argument(
+            "--device", choices=("auto", "cpu", "cuda"), help="GPUs where there are some. [auto]"
+        )
 
 
 def on_error(parser: argparse.ArgumentParser) -> None:

@@ -119,7 +119,7 @@ def _predict(args: argparse.Namespace) -> int:
         return _predict_rows(args, run, data, given)
     if not args.images:
         raise UserError("no image to predict: name files, folders or URLs, or shards by --data")
-    for name in ("split", "output", "workers"):
+    for name in ("split", "output", "workers", "device"):
         if hasattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} has no effect without --data")
     bar = BAR if (sys.stdout.encoding or "").lower().startswith("utf") else "#"
@@ -171,7 +171,7 @@ def _neighbours(args: argparse.Namespace) -> int:
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were said, as arguments of the functions that do the work."""
-    names = ("split", "crops", "step", "on_error", "workers")
+    names = ("split", "crops", "step", "on_error", "workers", "device")
     found = {name: value for name, value in vars(args).items() if name in names}
     count(found.get("workers"))
     return found
