@@ -69,7 +69,7 @@ def measured(
 ) -> Statistics:
     """The statistics of the training images, by tasks with these resources."""
     progress.say(f"measuring mean and colours of {dataset.rows('train')} images")
-    return measure(dataset, config.image, config.on_error, resources)
+    return measure(dataset, config.image, config.on_error, resources, progress)
 
 
 def known_statistics(image: int, *folders: str) -> Statistics | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import ray
@@ -9,12 +10,19 @@ import ray
 from datasets import DataError
 from datasets.layout import Dataset
 from datasets.statistics import Statistics, Sums, sums_of_groups
+from workers.progress import Progress
 from workers.room import await_room
 
 GROUPS_ROWS = 2048  # rows that a task goes through
 
 
-def measure(dataset: Dataset, size: int, on_error: str, resources: dict[str, float]) -> Statistics:
+def measure(
+    dataset: Dataset,
+    size: int,
+    on_error: str,
+    resources: dict[str, float],
+    progress: Progress | None = None,
+) -> Statistics:
     """Mean image and colours of the training split at `size` pixels, by tasks on the cluster.
 
     Raises DataError at a bad row unless `on_error` is skip, UserError if the cluster has no room.
@@ -25,7 +33,7 @@ def measure(dataset: Dataset, size: int, on_error: str, resources: dict[str, flo
     task = ray.remote(_sums).options(num_cpus=extra.pop("CPU"), resources=extra or None)
     shared = ray.put(dataset)
     waiting = [task.remote(shared, size, part, on_error) for part in _parts(groups)]
-    total = Sums(size)
+    total, start = Sums(size), time.monotonic()
     while waiting:
         done, waiting = ray.wait(waiting)
         found, error = ray.get(done[0])
@@ -34,6 +42,8 @@ def measure(dataset: Dataset, size: int, on_error: str, resources: dict[str, flo
                 ray.cancel(ref)
             raise error
         total.merge(found)
+        if progress:
+            progress.done("measured", total.images, sum(groups), start)
     return total.finish()
 
 

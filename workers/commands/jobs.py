@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
     _address(jobs)
     logs = command(commands, "logs", "print a job's log", "towers logs JOB --follow", _logs)
     logs.add_argument("job", metavar="JOB", help="As `towers jobs` names it.")
-    logs.add_argument("--follow", action="store_true", help="Until the job ends.")
+    logs.add_argument("-f", "--follow", action="store_true", help="Until the job ends.")
     _address(logs)
     stop = command(commands, "stop", "end a job", "towers stop JOB", _stop)
     stop.add_argument("job", metavar="JOB", help="As `towers jobs` names it.")
