@@ -45,7 +45,7 @@ def spread(
     context.target_max_block_size = 1  # so that each value comes when it is there
     context.execution_options.preserve_order = False
     found = given.map_batches(
-        _Caller if gpus else _task,
+        _Caller if gpus else _call,
         fn_kwargs={"function": function, "shared": ray.put(shared)},
         batch_size=1,
         batch_format="pyarrow",
@@ -66,11 +66,11 @@ def spread(
     settle()
 
 
-def _task(block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:
-    yield from _call(block, function, ray.get(shared))
-
-
 def _call(block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:
+    yield from _values(block, function, ray.get(shared))
+
+
+def _values(block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:
     row = block.to_pylist()[0]
 
     def table(value: Any, failed: bool) -> pa.Table:
@@ -93,7 +93,7 @@ class _Caller:
 
     def __call__(self, block: pa.Table, function: Any, shared: Any) -> Iterator[pa.Table]:
         self.shared = self.shared or ray.get(shared)
-        yield from _call(block, function, self.shared)
+        yield from _values(block, function, self.shared)
 
 
 def only_here(*urls: str) -> bool:

@@ -22,6 +22,7 @@ from pipeline.tower import Tower
 from pipeline.training import Images, Totals, Trainer
 from workers import rank
 from workers.config import UserError, configure
+from workers.devices import gpu
 from workers.placement import decide
 from workers.position import position
 from workers.progress import Progress
@@ -218,7 +219,7 @@ def test_a_failed_gpu_ends_its_tower(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use a GPU here")
 def test_a_gpu_that_torch_cannot_use_is_a_line() -> None:
     with pytest.raises(UserError, match=r"torch .* cannot use the GPU of .*: .*; --device cpu"):
-        rank._gpu()
+        gpu()
 
 
 STILL = {"rate": 1e-9}  # at which no error changes
