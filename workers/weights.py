@@ -111,7 +111,7 @@ def export(run: str, file: str, step: Step = None) -> dict[str, Any]:
 
 def _check_packages(file: str) -> None:
     if missing := [name for name in NEEDED if not find_spec(name)]:
-        raise UserError(f"{file} needs {', '.join(missing)}: pip install 'towers[onnx]'")
+        raise UserError(f"{file} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _mean(trained: Trained) -> dict[str, Tensor]:
