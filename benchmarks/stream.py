@@ -7,9 +7,9 @@ JPEGs of 256x256 pixels that `towers prepare` made of photographs. Rates are hel
 bare loops on as many cores, a process each: of Pillow calls, and of the fastest that we know. The
 other libraries decode with Pillow. Towers stands there three times: what makes its batches as a
 loop too, to tell what Ray takes; decoding each image each time as all others do; and with images
-that it has decoded before, as in all epochs but the first. WebDataset
-and MosaicML Streaming are left out where they are not installed. MosaicML's pins shut out our
-NumPy: `pip install --no-deps` is a way to have it.
+that it has decoded before, as in all epochs but the first. WebDataset and MosaicML Streaming are
+left out where they are not installed. MosaicML's pins shut out our NumPy: `pip install --no-deps`
+is a way to have it.
 """
 
 from __future__ import annotations

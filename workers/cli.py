@@ -137,9 +137,10 @@ class _Parser(argparse.ArgumentParser):
             from difflib import get_close_matches
 
             known = {flag for flag in self._option_string_actions if flag.startswith("--")}
+            other = ELSEWHERE.get(left[0], "")
             # Of short ones any resembles another: --lr is not --lrn.
-            near = len(left[0]) > 6 and get_close_matches(left[0], known, n=1, cutoff=0.75)
-            near = [ELSEWHERE[left[0]]] if ELSEWHERE.get(left[0]) in known else near
+            close = get_close_matches(left[0], known, 1, 0.75) if len(left[0]) > 6 else []
+            near = [other] if other in known else close
             meant = f" (did you mean {near[0]}?)" if near else ""
             self.error(f"no such argument: {left[0]}{meant}")
         return found, left

@@ -33,16 +33,7 @@ from workers.evaluation_file import write_evaluation
 from workers.output import attempted
 from workers.progress import Progress
 from workers.spread import only_here
-from workers.sweep import (
-    Device,
-    OnError,
-    Swept,
-    Work,
-    checked_views,
-    pick_split,
-    sweep,
-    usable_gpus,
-)
+from workers.sweep import Device, OnError, Swept, Work, checked_views, pick_split, sweep
 from workers.trained import Step, Trained, open_trained
 
 
@@ -97,7 +88,7 @@ def evaluate(
             on_error,
             tuple(complete(network, dataset, progress) for network in networks),
             tuple(weights) if weights is not None else None,
-            usable_gpus(dataset, networks, device),
+            device,
         )
         found = list(sweep(_evaluate, work, "evaluated", workers, progress))
     rows = np.concatenate([outcome.rows for outcome in found])

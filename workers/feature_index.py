@@ -25,7 +25,7 @@ from workers.config import UserError
 from workers.output import check_output, writing
 from workers.progress import Progress
 from workers.spread import only_here, spread
-from workers.sweep import Device, OnError, Swept, Work, sweep, usable_gpus
+from workers.sweep import Device, OnError, Swept, Work, sweep
 from workers.trained import Trained
 
 INDEX, ABOUT = "neighbours", "index.json"  # a folder in the run, and what it says of itself, last
@@ -106,8 +106,7 @@ class FeatureIndex:
             fs.makedirs(f"{path}/{folder}", exist_ok=True)
         check_output(f"{self.place}/{ABOUT}")
         networks = (self.network,)
-        gpus = usable_gpus(self.dataset, networks, self.device)
-        work = Work(self.dataset, self.split, 1, self.on_error, networks, None, gpus)
+        work = Work(self.dataset, self.split, 1, self.on_error, networks, None, self.device)
         write = partial(_write, f"{self.place}/{folder}")
         parts = sweep(write, work, "indexed", self.workers, self.progress)
         kept = {"of": of, "folder": folder, "rows": sum(len(part.rows) for part in parts)}

@@ -115,15 +115,19 @@ class Feed:
                     if self._unwanted(number):
                         return
                     now = time.monotonic()
+                    if key >= self.next:
+                        self.window[key] = _Held(*self.takers)
+                        more = replica + 1 < self.fleet.replicas
+                        self.next = (index, replica + 1) if more else (index + 1, 0)
                     held = self.window.get(key)
-                    missing = key >= self.next or (held is not None and not held.part)
-                    if missing and part.away:
-                        self.away, self.since = part.away, self.since or now
-                        if now - self.since < PATIENCE:
-                            self._begin()  # with the missing part: blocks ahead may lack too
-                            return
-                    if missing:  # else a stream before brought it: no news
+                    if held and not held.part:  # else a stream before brought it: no news
+                        if part.away:
+                            self.away, self.since = part.away, self.since or now
+                            if now - self.since < PATIENCE:
+                                self._begin()  # with the missing part: blocks ahead may lack too
+                                return
                         self.away, self.since, self.broken = "", 0.0, 0
+                        held.part = part
                     if self.nodes and self.asked:  # else that was the start of actors
                         self.slowest = max(self.slowest, now - self.moved)
                     elif not self.came:
@@ -133,13 +137,6 @@ class Feed:
                     self.moved = now
                     self.nodes.add(part.node)
                     self.known.add(part.node)
-                    if key >= self.next:
-                        held = self.window[key] = _Held(*self.takers)
-                        more = replica + 1 < self.fleet.replicas
-                        self.next = (index, replica + 1) if more else (index + 1, 0)
-                    if missing:
-                        assert held
-                        held.part = part
                     self.there.notify_all()
         except BaseException as error:
             with self.there:

@@ -100,7 +100,7 @@ def _towers(
 ) -> tuple[str, Mesh]:
     """What towers run on, and how many of them. Raises Lacking if there are not enough GPUs."""
     beside = max(1, runs)
-    gpus = _gpus(homes)
+    gpus = gpus_of(homes)
     device = config.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
@@ -121,13 +121,14 @@ def _towers(
     return device, mesh
 
 
-def _gpus(nodes: Sequence[dict[str, float]]) -> int:
+def gpus_of(nodes: Sequence[dict[str, float]]) -> int:
+    """How many GPUs nodes with these total resources have."""
     return sum(int(node.get("GPU", 0)) for node in nodes)
 
 
 def _gpu_share(homes: Sequence[dict[str, float]], everyone: int) -> float:
     """The GPUs, or the fraction of one, of each tower. Raises Lacking if that is too small."""
-    gpus = _gpus(homes)
+    gpus = gpus_of(homes)
     if gpus >= everyone:
         return 1
     share = _most(lambda share: _fit(homes, {"GPU": share}) >= everyone)
@@ -158,7 +159,7 @@ def side_by_side(nodes: Sequence[dict[str, float]], configs: Iterable[Config]) -
     tower, or where there are none a CPU; one at least.
     """
     homes, configs = homes_of(nodes), list(configs)
-    gpus = 0 if all(config.device == "cpu" for config in configs) else _gpus(homes)
+    gpus = 0 if all(config.device == "cpu" for config in configs) else gpus_of(homes)
     count = gpus or int(sum(node.get("CPU", 0) for node in homes))
     most = max(config.replicas * config.stages * (config.towers or 1) for config in configs)
     return max(1, count // most)

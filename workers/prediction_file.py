@@ -21,16 +21,7 @@ from workers.output import check_output, written
 from workers.predict import open_known
 from workers.progress import Progress
 from workers.spread import only_here
-from workers.sweep import (
-    Device,
-    OnError,
-    Swept,
-    Work,
-    checked_views,
-    pick_split,
-    sweep,
-    usable_gpus,
-)
+from workers.sweep import Device, OnError, Swept, Work, checked_views, pick_split, sweep
 from workers.trained import Step
 
 GROUP = 1 << 16  # rows of a row group of the file
@@ -86,8 +77,7 @@ def predict_rows(
     )
     assert network.classes
     with connected(unless=only_here(dataset.root)):
-        gpus = usable_gpus(dataset, [network], device)
-        work = Work(dataset, split, views, on_error, (network,), None, gpus)
+        work = Work(dataset, split, views, on_error, (network,), None, device)
         with closing(sweep(_predict, work, "predicted", workers, progress)) as found:
             rows, skipped = _write(output, found, network.classes.names)
     return {

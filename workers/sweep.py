@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeVar, cast
 
@@ -23,6 +23,7 @@ from pipeline.evaluation import Classifier
 from workers.config import UserError
 from workers.devices import gpu
 from workers.errors import RunFailed
+from workers.placement import gpus_of
 from workers.progress import Progress
 from workers.room import cluster_nodes
 from workers.spread import only_here, spread
@@ -40,7 +41,7 @@ Device = Literal["auto", "cpu", "cuda"]
 @dataclass(frozen=True)
 class Work:
     """What every worker knows. `shares`: the networks' weights in their average, if not equal;
-    `gpus`: of the cluster, that are used.
+    `device`: what is asked for, and in `sweep` what there is.
     """
 
     dataset: Dataset
@@ -49,19 +50,19 @@ class Work:
     on_error: OnError
     networks: tuple[Trained, ...]
     shares: tuple[float, ...] | None
-    gpus: int = 0
+    device: Device = "auto"
 
     @property
     def here(self) -> bool:
         """Whether all is done in this process, as the data is or a run."""
-        return _only_here(self.dataset, self.networks)
+        return only_here(self.dataset.root, *(network.run for network in self.networks))
 
     @cached_property
     def classifiers(self) -> list[Classifier]:
         """Its networks where this worker computes. Raises UserError for a GPU that torch cannot
         use.
         """
-        device = str(gpu()) if self.gpus else "cpu"
+        device = str(gpu()) if self.device == "cuda" else "cpu"
         return [network.classifier(device) for network in self.networks]
 
     def loader(self, shape: tuple[int, int], *, labelled: bool = True) -> Loader:
@@ -82,23 +83,6 @@ class Swept:
 
 
 P = TypeVar("P", bound=Swept)
-
-
-def usable_gpus(dataset: Dataset, networks: Sequence[Trained], device: Device = "auto") -> int:
-    """GPUs to use: the cluster's, unless `device` or, if that is auto, a run says otherwise, or the
-    data or a run is in this process. Raises UserError if there are none for `device` cuda.
-    """
-    cpu = device == "auto" and any(network.config.device == "cpu" for network in networks)
-    if cpu or device == "cpu" or _only_here(dataset, networks):
-        return 0
-    gpus = sum(int(node.get("GPU", 0)) for node in cluster_nodes())
-    if device == "cuda" and not gpus:
-        raise UserError("device is cuda: the cluster has no GPU; --device cpu does without")
-    return gpus
-
-
-def _only_here(dataset: Dataset, networks: Sequence[Trained]) -> bool:
-    return only_here(dataset.root, *(network.run for network in networks))
 
 
 def checked_views(crops: int) -> Views:
@@ -129,8 +113,10 @@ def sweep(
     are only those that overtook others. Close it if it is left before its end.
 
     `what`: what has been done with the rows, for progress. Raises RunFailed unless each was dealt
-    with once, UserError if all were skipped.
+    with once, UserError if all were skipped or there are no GPUs for `device` cuda.
     """
+    gpus = _gpus(work)
+    work = replace(work, device="cuda" if gpus else "cpu")
     total = work.dataset.rows(work.split)
     items = row_ranges(work.dataset.groups(work.split))
     came: dict[int, list[P]] = defaultdict(list)
@@ -138,7 +124,7 @@ def sweep(
     turn, last = 0, -1  # the range of rows that is next, and the row that was last
     used, skipped, shown, start = 0, 0, 0, time.monotonic()
     for number, part in spread(
-        _batches, (function, work), items, workers=workers, here=work.here, gpus=work.gpus
+        _batches, (function, work), items, workers=workers, here=work.here, gpus=gpus
     ):
         for fault in part.faults[: SHOWN - shown]:
             progress.say(f"skipped: {fault}")
@@ -159,6 +145,19 @@ def sweep(
         raise RunFailed(f"{used} rows were {what} and {skipped} skipped, of {total}")
     if not used:
         raise UserError(f"{work.dataset.root}: {work.split} has no row that can be used")
+
+
+def _gpus(work: Work) -> int:
+    """GPUs to use: the cluster's, unless `device` or, if that is auto, a run says otherwise, or all
+    is done here.
+    """
+    cpu = work.device == "auto" and any(each.config.device == "cpu" for each in work.networks)
+    if cpu or work.device == "cpu" or work.here:
+        return 0
+    gpus = gpus_of(cluster_nodes())
+    if work.device == "cuda" and not gpus:
+        raise UserError("device is cuda: the cluster has no GPU; --device cpu does without")
+    return gpus
 
 
 def row_ranges(groups: Sequence[int]) -> list[range]:
